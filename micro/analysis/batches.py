@@ -1,0 +1,70 @@
+"""Labelled records as batches for a forward pass, and the loss of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from micro.data import Record
+    from micro.modeling import MiCRoForCausalLM
+
+IGNORED = -100
+CHUNK_BYTES = 64 << 20  # of float32 logits held at once
+
+
+def encoded(records: Sequence[Record], tokenizer: Any, **options: Any) -> list[tuple[int, dict[str, list[int]]]]:
+    """(index of the record, encoded row), without the records that ``encode`` drops."""
+    from micro.data import encode
+
+    rows = ((i, encode(record, tokenizer, **options)) for i, record in enumerate(records))
+    return [(i, row) for i, row in rows if row is not None]
+
+
+def batches(
+    rows: Sequence[tuple[int, dict[str, list[int]]]], tokenizer: Any, *, max_tokens: int = 2048
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """(record indices, collated batch), rows of similar length together, at most ``max_tokens`` slots a batch."""
+    from micro.data import Collator
+
+    collate = Collator(tokenizer)
+    waiting: list[tuple[int, dict[str, list[int]]]] = []
+    for row in sorted(rows, key=lambda pair: len(pair[1]["input_ids"])):
+        if waiting and (len(waiting) + 1) * len(row[1]["input_ids"]) > max_tokens:
+            yield [i for i, _ in waiting], collate([r for _, r in waiting])
+            waiting = []
+        waiting.append(row)
+    if waiting:
+        yield [i for i, _ in waiting], collate([r for _, r in waiting])
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Target of every slot: the label of the next one, -100 at the end. [B,S] -> [B,S]."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+
+
+@torch.no_grad()
+def token_losses(model: MiCRoForCausalLM, batch: dict[str, Tensor], **controls: Any) -> Tensor:
+    """Cross-entropy of every target token in nats, float32 [B,S]; 0 where there is no target.
+
+    ``controls`` are the steering arguments of the model's forward.
+    """
+    hidden = model.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **controls
+    ).last_hidden_state
+    targets = shifted(batch["labels"])
+    wanted = targets != IGNORED
+    rows, ids = hidden[wanted], targets[wanted]
+    vocabulary = model.lm_head.weight.shape[0]
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    parts = [
+        torch.nn.functional.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+        for h, t in zip(rows.split(size), ids.split(size), strict=True)
+    ]
+    losses = torch.zeros(targets.shape, dtype=torch.float32)
+    if parts:
+        losses[wanted] = torch.cat(parts)
+    return losses

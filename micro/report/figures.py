@@ -1,0 +1,140 @@
+"""Figures, drawn from saved numbers only. Experts stand in the order language, logic, social, world."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from micro.experts import COLOURS, DISPLAY_ORDER, NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from micro.analysis import AblationReport, RoutingReport
+
+GREY = "#5f6368"
+OTHER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe-Ito
+
+
+def expert_colours(experts: Sequence[str]) -> list[str]:
+    """The four official colours for the four official names, a colour-blind-safe palette otherwise."""
+    if tuple(experts) == NAMES:
+        return list(COLOURS)
+    return [OTHER_COLOURS[i % len(OTHER_COLOURS)] for i in range(len(experts))]
+
+
+def display_order(experts: Sequence[str]) -> list[int]:
+    """Indices in the order in which figures show them."""
+    return list(DISPLAY_ORDER) if tuple(experts) == NAMES else list(range(len(experts)))
+
+
+def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9, colors=GREY)
+    return figure, axes
+
+
+def usage_panel(ax: Axes, report: RoutingReport) -> None:
+    """Stacked share of each expert in each layer."""
+    usage = np.asarray(report.usage_by_layer)
+    bottom = np.zeros(len(usage))
+    colours = expert_colours(report.experts)
+    for e in display_order(report.experts):
+        ax.bar(np.arange(len(usage)), usage[:, e], bottom=bottom, color=colours[e], width=0.9, label=report.experts[e])
+        bottom += usage[:, e]
+    ax.set(xlabel="layer", ylabel="share of tokens", ylim=(0, 1), title="Usage per layer")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
+
+
+def confusion_panel(ax: Axes, report: RoutingReport) -> None:
+    """Label of the token against the expert it was routed to, mean over layers."""
+    order = display_order(report.experts)
+    values = np.mean(report.confusion or [], axis=0)[np.ix_(order, order)]
+    names = [report.experts[e] for e in order]
+    _heat_map(ax, values, names, names, vmax=1.0, text="{:.2f}")
+    ax.set(xlabel="routed to", ylabel="label", title="Label and route, mean over layers")
+
+
+def _heat_map(
+    ax: Axes,
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    vmax: float,
+    text: str,
+    symmetric: bool = False,
+) -> None:
+    colours, low = ("RdBu_r", -vmax) if symmetric else ("Greys", 0.0)
+    ax.imshow(values, cmap=colours, vmin=low, vmax=vmax, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.spines[:].set_visible(False)
+    for r in range(len(rows)):
+        for c in range(len(columns)):
+            dark = abs(values[r][c]) > 0.6 * vmax
+            shown = text.format(values[r][c])
+            ax.text(c, r, shown, ha="center", va="center", fontsize=10, color="white" if dark else "black")
+
+
+def accuracy_panel(ax: Axes, reports: Mapping[str, RoutingReport]) -> None:
+    """Accuracy of each layer for several models, with the chance line."""
+    for i, (name, report) in enumerate(reports.items()):
+        style = {"color": "black", "linewidth": 2} if i == 0 else {"color": GREY, "linestyle": "--"}
+        ax.plot(report.accuracy_by_layer or [], label=name, marker="o", markersize=3, **style)
+    chance = 1 / len(next(iter(reports.values())).experts)
+    ax.axhline(chance, color="#c5221f", linewidth=1, label="chance")
+    ax.set(
+        xlabel="layer", ylabel="routing accuracy", ylim=(0, 1), title="Routing accuracy per layer, held-out templates"
+    )
+    ax.legend(frameon=False, fontsize=9)
+
+
+def routing_figure(report: RoutingReport) -> Figure:
+    """Usage per layer and, where there are labels, the confusion of label and route."""
+    panels = 1 if report.confusion is None else 2
+    figure, axes = _figure(6.2 * panels, 3.8, panels)
+    usage_panel(axes[0], report)
+    if report.confusion is not None:
+        confusion_panel(axes[1], report)
+    return figure
+
+
+def accuracy_figure(reports: Mapping[str, RoutingReport]) -> Figure:
+    """Routing accuracy per layer of a model and its controls."""
+    figure, axes = _figure(6.6, 3.6)
+    accuracy_panel(axes[0], reports)
+    return figure
+
+
+def ablation_figure(report: AblationReport) -> Figure:
+    """Rise of the loss (nats per token) for each domain and ablated set; experts in display order."""
+    columns = [c for c in range(len(report.conditions)) if report.conditions[c] != "none"]
+    rank = {name: i for i, name in enumerate(NAMES[e] for e in DISPLAY_ORDER)}
+    columns.sort(key=lambda c: rank.get(report.conditions[c], len(rank)))
+    rows = sorted(range(len(report.rows)), key=lambda r: rank.get(report.rows[r], len(rank)))
+    values = np.asarray(report.rise)[np.ix_(rows, columns)]
+    figure, axes = _figure(1.6 + 1.2 * len(columns), 1.4 + 0.62 * len(rows))
+    names = [report.rows[r] for r in rows], [report.conditions[c] for c in columns]
+    _heat_map(axes[0], values, *names, vmax=max(float(np.abs(values).max()), 1e-9), text="{:+.2f}", symmetric=True)
+    axes[0].set(xlabel="ablated", ylabel="domain of the tokens", title="Rise of the loss, nats per token")
+    return figure
+
+
+def loss_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss against step, one panel per stage. ``metrics``: lines of metrics.jsonl with stage, step, loss."""
+    stages = list(dict.fromkeys(str(m["stage"]) for m in metrics))
+    figure, axes = _figure(4.0 * max(len(stages), 1), 3.2, max(len(stages), 1))
+    for ax, stage in zip(axes, stages, strict=False):
+        lines = [m for m in metrics if str(m["stage"]) == stage and m.get("loss") is not None]
+        ax.plot([m["step"] for m in lines], [m["loss"] for m in lines], color="black", linewidth=1.4)
+        ax.set(title=stage, xlabel="step", ylabel="loss, nats per token")
+    return figure

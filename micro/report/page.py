@@ -1,0 +1,116 @@
+"""One self-contained HTML page: no script, style, font or picture from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from micro.files import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+STYLE = """
+:root { --ink: #202124; --quiet: #5f6368; --line: #dadce0; --paper: #fff; --soft: #f8f9fa; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--soft); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 48px 64px; background: var(--paper); min-height: 100vh; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
+h2 { font-size: 19px; margin: 44px 0 8px; padding-top: 14px; border-top: 1px solid var(--line); }
+h3 { font-size: 15px; margin: 22px 0 6px; }
+p, ul { margin: 6px 0 12px; max-width: 78ch; }
+.lead { color: var(--quiet); font-size: 16px; }
+.note, figcaption { color: var(--quiet); font-size: 13px; }
+figure { margin: 14px 0; } figure img { max-width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; margin: 10px 0 16px; font-variant-numeric: tabular-nums; font-size: 14px; }
+th { text-align: right; font-weight: 600; border-bottom: 2px solid var(--ink); padding: 4px 12px 4px 0; }
+td { text-align: right; border-bottom: 1px solid var(--line); padding: 4px 12px 4px 0; vertical-align: top; }
+th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td.text { max-width: 56ch; }
+.verdict { border-left: 5px solid var(--c); background: color-mix(in srgb, var(--c) 8%, white);
+  padding: 10px 16px; margin: 10px 0; max-width: 86ch; }
+.verdict b { color: var(--c); }
+code { font: 13px ui-monospace, Menlo, Consolas, monospace; background: var(--soft); padding: 1px 4px; }
+nav a { margin-right: 14px; color: #1a73e8; text-decoration: none; font-size: 14px; }
+"""
+
+
+class Page:
+    """Builds the page section by section; everything that is not marked as HTML is escaped.
+
+    Args:
+        title: of the page.
+        lead: one sentence under the title.
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title = title
+        self._lead = lead
+        self._parts: list[str] = []
+        self._sections: list[tuple[str, str]] = []
+        self._styles = [STYLE]
+
+    def section(self, title: str) -> None:
+        """Start a section; it gets an entry in the navigation line."""
+        anchor = f"s{len(self._sections) + 1}"
+        self._sections.append((anchor, title))
+        self._parts.append(f'<h2 id="{anchor}">{html.escape(title)}</h2>')
+
+    def text(self, text: str, *, quiet: bool = False) -> None:
+        """A paragraph."""
+        kind = "note" if quiet else "body"
+        self._parts.append(f"<p class='{kind}'>{html.escape(text)}</p>")
+
+    def verdict(self, holds: bool, text: str) -> None:
+        """A claim and whether it holds."""
+        colour, word = ("#188038", "holds") if holds else ("#c5221f", "does not hold")
+        self._parts.append(f'<div class="verdict" style="--c:{colour}"><b>{word}</b> · {html.escape(text)}</div>')
+
+    def html(self, fragment: str, *, style: str = "") -> None:
+        """A fragment that is already HTML, with its own style rules."""
+        if style and style not in self._styles:
+            self._styles.append(style)
+        self._parts.append(fragment)
+
+    def render(self) -> str:
+        """The page as one string."""
+        links = "".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for anchor, title in self._sections)
+        return (
+            "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{html.escape(self.title)}</title><style>{''.join(self._styles)}</style></head><body><main>"
+            f"<h1>{html.escape(self.title)}</h1><p class='lead'>{html.escape(self._lead)}</p><nav>{links}</nav>\n"
+            + "\n".join(self._parts)
+            + "\n</main></body></html>\n"
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write beside, then rename."""
+        write_text(Path(path), self.render())
+
+
+def figure_html(figure: Figure, caption: str) -> str:
+    """A matplotlib figure as an embedded picture with a caption; the caption is also its alternative text."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    text = html.escape(caption)
+    return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def table_html(frame: pd.DataFrame, *, digits: int = 3) -> str:
+    """A pandas frame as an HTML table, floats with fixed digits, everything escaped."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"<td>{value:.{digits}f}</td>"
+        kind = ' class="text"' if isinstance(value, str) else ""
+        return f"<td{kind}>{html.escape(str(value)).replace(chr(10), '<br>')}</td>"
+
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
+    rows = "".join(f"<tr>{''.join(cell(v) for v in row)}</tr>" for row in frame.itertuples(index=False))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

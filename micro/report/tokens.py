@@ -1,0 +1,138 @@
+"""Tokens coloured by expert: a layer slider, the vote over layers, probabilities on hover."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from micro.experts import MARKS, NAMES
+from micro.report.figures import display_order, expert_colours
+
+STYLE = """
+.tokens { border: 1px solid var(--line); padding: 12px 16px; margin: 10px 0 18px; position: relative; }
+.tokens .bar { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; font-size: 13px; color: var(--quiet); }
+.tokens input[type=range] { width: 220px; accent-color: #202124; }
+.tokens .text { margin-top: 10px; line-height: 2.0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.tokens .t { border-bottom: 3px solid var(--c, transparent); padding: 1px 0;
+  background: color-mix(in srgb, var(--c, white) 30%, white); }
+.tokens .t.prompt { opacity: 0.62; } .tokens .t:hover { outline: 1px solid #202124; }
+.tokens .tip { position: absolute; z-index: 2; background: #202124; color: #fff; padding: 7px 10px; font-size: 12px;
+  line-height: 1.5; pointer-events: none; display: none; white-space: pre; border-radius: 3px; }
+.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 5px; background: var(--c); }
+"""
+
+SCRIPT = """
+(() => {
+  const decode = s => Uint8Array.from(atob(s), c => c.charCodeAt(0));
+  for (const box of document.querySelectorAll('.tokens[data-view]')) {
+    const v = JSON.parse(box.dataset.view), p = decode(v.probs), E = v.experts.length, S = v.slots, L = v.layers;
+    const spans = [...box.querySelectorAll('.t')], tip = box.querySelector('.tip');
+    const slider = box.querySelector('input[type=range]'), out = box.querySelector('output');
+    const best = (l, s) => { let b = 0; for (let e = 1; e < E; e++)
+      if (p[(l * S + s) * E + e] > p[(l * S + s) * E + b]) b = e; return b; };
+    const vote = s => { const n = new Array(E).fill(0); for (let l = 0; l < L; l++) n[best(l, s)]++;
+      return n.indexOf(Math.max(...n)); };
+    const colour = () => { const l = +slider.value;
+      out.textContent = l < 0 ? 'vote of all layers' : 'layer ' + l;
+      spans.forEach((t, s) => t.style.setProperty('--c', v.colours[l < 0 ? vote(s) : best(l, s)])); };
+    slider.addEventListener('input', colour); colour();
+    const show = (t, s) => { const l = +slider.value; const lines = [];
+      for (const e of v.order) { let q = 0;
+        if (l < 0) { for (let k = 0; k < L; k++) q += p[(k * S + s) * E + e] / L; } else q = p[(l * S + s) * E + e];
+        lines.push(v.experts[e].padEnd(10) + (100 * q / 255).toFixed(0).padStart(4) + ' %'); }
+      const named = v.labels && v.labels[s] >= 0 ? '\\nlabel: ' + v.experts[v.labels[s]] : '';
+      tip.textContent = JSON.stringify(t.textContent) + (l < 0 ? '  mean over layers' : '  layer ' + l) + '\\n'
+        + lines.join('\\n') + named;
+      tip.style.display = 'block';
+      tip.style.left = Math.min(t.offsetLeft, box.clientWidth - 230) + 'px';
+      tip.style.top = (t.offsetTop + t.offsetHeight + 4) + 'px'; };
+    spans.forEach((t, s) => { t.tabIndex = 0;
+      for (const on of ['mouseenter', 'focus']) t.addEventListener(on, () => show(t, s));
+      for (const off of ['mouseleave', 'blur']) t.addEventListener(off, () => { tip.style.display = 'none'; }); });
+  }
+})();
+"""
+
+
+@dataclass
+class TokenView:
+    """One text with its routing.
+
+    title: shown above; tokens: text of each slot; probs: float [L,S,E]; labels: expert id per slot or -1;
+    prompt_length: slots that belong to the prompt.
+    """
+
+    title: str
+    tokens: list[str]
+    probs: NDArray[np.floating[Any]]
+    experts: list[str]
+    labels: list[int] | None = None
+    prompt_length: int = 0
+
+    def votes(self) -> list[int]:
+        """The majority vote over layers for each slot, ties to the lower id."""
+        chosen = self.probs.argmax(-1)
+        counts = (chosen[..., None] == np.arange(self.probs.shape[-1])).sum(0)
+        return [int(v) for v in counts.argmax(-1)]
+
+    def to_html(self) -> str:
+        """The box for this text; :data:`STYLE` and :data:`SCRIPT` must stand on the page once."""
+        layers, slots, _ = self.probs.shape
+        colours = expert_colours(self.experts)
+        view = {
+            "experts": self.experts,
+            "colours": colours,
+            "order": display_order(self.experts),
+            "layers": layers,
+            "slots": slots,
+            "labels": self.labels,
+            "probs": base64.b64encode((self.probs * 255).round().astype(np.uint8).tobytes()).decode("ascii"),
+        }
+        kinds = ["t prompt" if s < self.prompt_length else "t" for s in range(slots)]
+        spans = "".join(
+            f"<span class='{kind}' style='--c:{colours[e]}'>{html.escape(token)}</span>"
+            for kind, token, e in zip(kinds, self.tokens, self.votes(), strict=True)
+        )
+        data = html.escape(json.dumps(view, separators=(",", ":")), quote=True)
+        return (
+            f"<h3>{html.escape(self.title)}</h3><div class='tokens' data-view=\"{data}\"><div class='bar'>"
+            f"<label>layer <input type='range' min='-1' max='{layers - 1}' value='-1'></label><output>vote of all layers"
+            f"</output>{legend_html(self.experts)}</div><div class='text'>{spans}</div><div class='tip'></div></div>"
+        )
+
+    def to_ansi(self) -> str:
+        """The answer coloured for a terminal, with the vote's letter mark before each change of expert."""
+        colours, marks = expert_colours(self.experts), expert_marks(self.experts)
+        out, previous = [], -1
+        for token, e in zip(self.tokens[self.prompt_length :], self.votes()[self.prompt_length :], strict=True):
+            red, green, blue = (int(colours[e][i : i + 2], 16) for i in (1, 3, 5))
+            mark = f"[{marks[e]}]" if e != previous else ""
+            out.append(f"\x1b[38;2;{red};{green};{blue}m{mark}{token}\x1b[0m")
+            previous = e
+        return "".join(out)
+
+
+def expert_marks(experts: Sequence[str]) -> list[str]:
+    """One letter or number per expert."""
+    return list(MARKS) if tuple(experts) == NAMES else [str(e) for e in range(len(experts))]
+
+
+def legend_html(experts: Sequence[str]) -> str:
+    """Colour, letter mark and name of each expert, in display order."""
+    colours, marks = expert_colours(experts), expert_marks(experts)
+    return "".join(
+        f"<span><span class='swatch' style='--c:{colours[e]}'></span>{html.escape(experts[e])} ({marks[e]})</span>"
+        for e in display_order(experts)
+    )
+
+
+def token_views_html(views: Sequence[TokenView]) -> str:
+    """All boxes with their script; pass :data:`STYLE` to the page."""
+    return "".join(view.to_html() for view in views) + f"<script>{SCRIPT}</script>"
