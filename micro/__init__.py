@@ -1,0 +1,57 @@
+"""micro: mixtures of cognitive reasoners.
+
+Public names are loaded on first use, so that ``import micro`` needs torch and numpy only and ``micro --help`` neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# name -> module that defines it
+_LAZY = {
+    "upcycle": "micro.convert",
+    "load": "micro.convert",
+    "convert": "micro.convert",
+    "collapse": "micro.convert",
+    "Curriculum": "micro.training",
+}
+_MODULES = (
+    "analysis",
+    "convert",
+    "data",
+    "errors",
+    "experts",
+    "modeling",
+    "ops",
+    "optim",
+    "report",
+    "steering",
+    "training",
+)
+
+if TYPE_CHECKING:
+    __version__: str
+
+
+def build_info() -> dict[str, Any]:
+    """The compiled core: torch it was built against, instruction set, CUDA architectures, compiler, path of each op."""
+    from micro import _native
+
+    return _native.build_info()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("micro-reasoners")
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"micro.{name}")
+    raise AttributeError(f"module 'micro' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(["__version__", "build_info", *_LAZY, *_MODULES])

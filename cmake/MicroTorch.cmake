@@ -1,0 +1,32 @@
+# Finds the torch that the Python interpreter would import, without importing it, and the OpenMP runtime it carries.
+# Sets MICRO_TORCH_VERSION, MICRO_TORCH_LIB_DIR, MICRO_TORCH_OPENMP.
+find_package(Python 3.11 REQUIRED COMPONENTS Interpreter OPTIONAL_COMPONENTS Development.Module)
+
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -c
+          "import importlib.util as u, runpy, pathlib\nd = pathlib.Path(u.find_spec('torch').submodule_search_locations[0])\nprint(d, runpy.run_path(str(d / 'version.py'))['__version__'], sep=';')"
+  OUTPUT_VARIABLE MICRO_TORCH_FOUND
+  OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET
+  RESULT_VARIABLE MICRO_TORCH_RESULT)
+if(NOT MICRO_TORCH_RESULT EQUAL 0)
+  message(
+    FATAL_ERROR
+      "${Python_EXECUTABLE} has no torch: install torch first, then build with `pip install --no-build-isolation`, "
+      "so that micro is built against the torch that it will run with.")
+endif()
+list(GET MICRO_TORCH_FOUND 0 MICRO_TORCH_DIR)
+list(GET MICRO_TORCH_FOUND 1 MICRO_TORCH_VERSION)
+set(MICRO_TORCH_LIB_DIR ${MICRO_TORCH_DIR}/lib)
+
+list(PREPEND CMAKE_PREFIX_PATH ${MICRO_TORCH_DIR}/share/cmake)
+find_package(Torch REQUIRED)
+find_package(Threads REQUIRED)
+
+# torch's inline parallel_for needs OpenMP in the compiler; the runtime must be the one that torch has loaded, or the
+# process would hold two pools of threads.
+file(GLOB MICRO_TORCH_OPENMP ${MICRO_TORCH_LIB_DIR}/libgomp*.so* ${MICRO_TORCH_DIR}/../torch.libs/libgomp*.so*)
+if(MICRO_TORCH_OPENMP)
+  list(GET MICRO_TORCH_OPENMP 0 MICRO_TORCH_OPENMP)
+else()
+  set(MICRO_TORCH_OPENMP gomp)
+endif()
