@@ -15,7 +15,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", 
 # Rendered as SmolLM2's template renders (model.md 8.7), with a shorter default system message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a tiny model<|im_end|>\n' }}{% endif %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a tiny model<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -29,26 +30,27 @@ CORPUS = (
         "If every box holds three pens, then five boxes hold fifteen pens. Therefore the answer is 15."
     ),
     (
-        "Mia feels sad because she thinks that Tom has forgotten her birthday. He believes that the key is still in the drawer, "
-        "but she knows that it was moved. They want to help their friend, and he hopes that she will be happy."
+        "Mia feels sad because she thinks that Tom has forgotten her birthday. He believes that the key is still in the "
+        "drawer, but she knows that it was moved. They want to help their friend, and he hopes that she will be happy."
     ),
     (
-        "Water freezes at zero degrees because its molecules slow down. Rivers carry sand to the sea, and iron rusts when it "
-        "meets air and rain. In the south the winters are mild, and plants grow where there is light."
+        "Water freezes at zero degrees because its molecules slow down. Rivers carry sand to the sea, and iron rusts when "
+        "it meets air and rain. In the south the winters are mild, and plants grow where there is light."
     ),
     (
-        "In other words, the sentence says the same thing with a plural noun. The verb agrees with its subject, and the word "
-        "means large. To put it simply, we can write the phrase in the past tense."
+        "In other words, the sentence says the same thing with a plural noun. The verb agrees with its subject, and the "
+        "word means large. To put it simply, we can write the phrase in the past tense."
     ),
-    "What is this, and how does that work? Explain why, who, when and where. Please write a short answer about the following.",
+    "What is this, and how does that work? Explain why, who, when and where. Please write a short answer.",
 )
 
 
 def tiny_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with SmolLM2's special tokens and template. No file is read.
 
-    texts: what the merges are learnt from (None: a built-in page). vocab_size: an upper bound; at least 262 (256 bytes and six
-    special tokens). Ids are the same on every call. Errors: ImportError without the extra `hf`, ValueError for a size below 262.
+    texts: what the merges are learnt from (None: a built-in page). vocab_size: an upper bound; at least 262 (256 bytes
+    and six special tokens). Ids are the same on every call.
+    Errors: ImportError without the extra `hf`, ValueError for a size below 262.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
