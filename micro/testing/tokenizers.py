@@ -30,16 +30,16 @@ CORPUS = (
         "If every box holds three pens, then five boxes hold fifteen pens. Therefore the answer is 15."
     ),
     (
-        "Mia feels sad because she thinks that Tom has forgotten her birthday. He believes that the key is still in the "
-        "drawer, but she knows that it was moved. They want to help their friend, and he hopes that she will be happy."
+        "Mia feels sad because she thinks that Tom has forgotten her birthday. He believes that the key is still in "
+        "the drawer, but she knows it was moved. They want to help their friend, and he hopes that she will be happy."
     ),
     (
-        "Water freezes at zero degrees because its molecules slow down. Rivers carry sand to the sea, and iron rusts when "
-        "it meets air and rain. In the south the winters are mild, and plants grow where there is light."
+        "Water freezes at zero degrees because its molecules slow down. Rivers carry sand to the sea, and iron rusts "
+        "when it meets air and rain. In the south the winters are mild, and plants grow where there is light."
     ),
     (
-        "In other words, the sentence says the same thing with a plural noun. The verb agrees with its subject, and the "
-        "word means large. To put it simply, we can write the phrase in the past tense."
+        "In other words, the sentence says the same thing with a plural noun. The verb agrees with its subject, and "
+        "the word means large. To put it simply, we can write the phrase in the past tense."
     ),
     "What is this, and how does that work? Explain why, who, when and where. Please write a short answer.",
 )
