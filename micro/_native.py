@@ -20,7 +20,9 @@ def rebuild_command(info: dict[str, str]) -> str:
     """The command that builds micro against the torch that is installed now."""
     if info.get("in_source_tree") == "ON":
         return f"make -C {LIBRARY.parents[2]} build"
-    return "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary :all: micro-reasoners"
+    return (
+        "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir --no-binary :all: micro-reasoners"
+    )
 
 
 def read_build_info() -> dict[str, str]:

@@ -10,7 +10,8 @@
 
 namespace {
 
-// libmicro reports wrong arguments with torch's exceptions; Python gets the class of the same name, without a C++ trace.
+// libmicro reports wrong arguments with torch's exceptions; Python gets the class of the same name, without a C++
+// trace.
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
