@@ -222,7 +222,7 @@ def _balanced(confusion: Array) -> Array:
 
 
 def _summary(counts: _Counts, experts: list[str], *, labelled: bool, seed: int) -> RoutingReport:
-    records, layers, _ = counts.usage.shape
+    layers = counts.usage.shape[1]
     kept = counted_layers(layers)
     counted = counts.usage[:, kept].sum(1)
     present = counted.sum(-1) > 0

@@ -1,0 +1,75 @@
+"""Coloured tokens of one text or record, ready for the page or the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from micro.analysis.batches import IGNORED
+from micro.report.tokens import TokenView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from micro.data import Record
+    from micro.modeling import MiCRoForCausalLM
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token, such that together they give the decoded text.
+
+    A character that spans several tokens is shown at the last of them.
+    """
+    texts, done = [], ""
+    for end in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if whole.endswith("\ufffd"):  # inside a character
+            texts.append("")
+            continue
+        texts.append(whole[len(done) :])
+        done = whole
+    return texts
+
+
+def trace_view(title: str, tokenizer: Any, ids: list[int], trace: Any, *, row: int = 0, prompt: int = 0) -> TokenView:
+    """View of one row of a :class:`~micro.modeling.RoutingTrace`; ids beyond the trace are left out."""
+    slots = min(len(ids), trace.probs.shape[2])
+    probs = trace.probs[:, row, :slots].float().numpy()
+    names = trace.expert_names if getattr(trace, "expert_names", None) else None
+    from micro.experts import default_names
+
+    return TokenView(
+        title, token_texts(tokenizer, ids[:slots]), probs, names or default_names(probs.shape[-1]), prompt_length=prompt
+    )
+
+
+@torch.no_grad()
+def record_view(model: MiCRoForCausalLM, tokenizer: Any, record: Record, title: str = "", **controls: Any) -> TokenView:
+    """Teacher-forced routing of one labelled record, with its labels.
+
+    Raises:
+        ValueError: the record cannot be encoded.
+    """
+    from micro.data import encode
+
+    row = encode(record, tokenizer)
+    if row is None:
+        raise ValueError("record_view: this record was dropped by encode (no answer left)")
+    view = text_view(model, tokenizer, row["input_ids"], title or record.prompt_text, **controls)
+    answer = [label != IGNORED for label in row["labels"]]
+    view.prompt_length = answer.index(True) if True in answer else len(answer)
+    view.labels = [int(e) if a else -1 for e, a in zip(row["routing_labels"], answer, strict=True)]
+    return view
+
+
+@torch.no_grad()
+def text_view(
+    model: MiCRoForCausalLM, tokenizer: Any, ids: list[int] | Tensor, title: str, **controls: Any
+) -> TokenView:
+    """Teacher-forced routing of given token ids."""
+    tensor = torch.as_tensor(ids).reshape(1, -1)
+    trace = model.model(input_ids=tensor, use_cache=False, output_routing=True, **controls).routing
+    view = trace_view(title, tokenizer, tensor[0].tolist(), trace)
+    view.experts = list(model.config.expert_names)
+    return view

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from micro.analysis import AblationReport, RoutingReport, majority_vote, usage_counts
+from micro.analysis.counting import counted_layers, entropy
+from micro.analysis.statistics import bootstrap
+from micro.experts import NAMES
+
+
+def one_hot(ids, experts=4):
+    return np.eye(experts)[np.asarray(ids)]
+
+
+def test_usage_counts_the_slots_that_predict_an_answer_token():
+    logits = one_hot([[0, 1, 2, 3, 0], [3, 3, 1, 1, 2]])
+    assert usage_counts(logits, offset=1).tolist() == [[0, 1, 1, 1], [0, 2, 0, 1]]
+    assert usage_counts(logits).sum() == 2 * 4  # the last slot predicts nothing, also for offset 0
+
+
+def test_usage_of_an_ablated_expert_is_zero():
+    logits = np.random.default_rng(0).normal(size=(3, 9, 4))
+    logits[..., 2] = -np.inf
+    assert usage_counts(logits)[:, 2].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("offset", [-1, 5])
+def test_an_offset_outside_the_sample_is_refused(offset):
+    with pytest.raises(ValueError, match=r"offset must lie in 0\.\.4"):
+        usage_counts(np.zeros((2, 5, 4)), offset)
+
+
+def test_the_vote_goes_to_the_most_frequent_expert_and_ties_to_the_lower_id():
+    logits = one_hot([[3, 1, 0], [3, 2, 1], [0, 2, 2], [1, 1, 3]])
+    assert majority_vote(logits).tolist() == [3, 1, 0]
+
+
+def test_the_first_and_last_two_layers_do_not_count():
+    assert counted_layers(30) == list(range(2, 28))
+    assert counted_layers(4) == [0, 1, 2, 3]
+
+
+def test_entropy_of_a_certain_and_an_even_choice():
+    assert entropy([1.0, 0.0]) == 0
+    assert entropy([0.25] * 4) == pytest.approx(np.log(4))
+
+
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        sample = generator.normal(size=40)
+        low, high = bootstrap(40, lambda w, s=sample: np.asarray(w @ s / w.sum()), draws=300, seed=seed)
+        covered += low <= 0 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def routing_report():
+    even = np.full((6, 4), 0.25).tolist()
+    confusion = np.broadcast_to(0.4 * np.eye(4) + 0.15, (6, 4, 4)).tolist()
+    return RoutingReport(
+        list(NAMES), 3, 90, [2, 3], [0.25] * 4, [[0.2, 0.3]] * 4, even, [1.0] * 6, [1.2] * 6, [9] * 4, confusion,
+        0.55, [0.5, 0.6], [0.55, 0.6, 0.5, 0.5, 0.5, 0.5],
+    )  # fmt: skip
+
+
+def ablation_report():
+    rise = [[0.0, 0.5, 0.1, 0.1, 0.1], [0.0, 0.1, -0.2, 0.1, 0.3]]
+    return AblationReport(
+        ["logic", "social"], ["none", *NAMES], [[1.0] * 5] * 2, rise, [[[0.0, 1.0]] * 5] * 2, 3, [9, 9]
+    )
+
+
+def test_a_report_reads_back_what_it_wrote(tmp_path):
+    for report in (routing_report(), ablation_report()):
+        report.save(tmp_path)
+        assert type(report).load(tmp_path) == report
+        assert (tmp_path / f"{report.name}.csv").read_text().count("\n") == len(report.table()) + 1
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_another_kind_of_result_is_refused(tmp_path):
+    routing_report().save(tmp_path)
+    with pytest.raises(ValueError, match=r"routing\.json.*kind 'ablation'"):
+        AblationReport.load(tmp_path / "routing.json")
+
+
+def test_best_layer_information_and_verdict():
+    report = routing_report()
+    assert report.best_layer == 1
+    assert report.mutual_information == pytest.approx([0.2] * 6)
+    assert ablation_report().own_domain_is_worst == {"logic": True, "social": False}
+
+
+def test_reports_draw_themselves():
+    assert len(routing_report().plot().axes) == 2
+    assert len(ablation_report().plot().axes) == 1
