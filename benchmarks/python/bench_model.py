@@ -97,12 +97,11 @@ def decode(dense: Any, ours: Any, ids: torch.Tensor, trace: RoutingTrace, step: 
                 token = out.logits[:, -1:].argmax(-1)
             cache.crop(-NEW)
 
-        ratio = compare(
+        return compare(
             f"decode, {LENGTH} keys, {NEW} tokens",
             lambda: loop(ours, caches[0], replay=step),
             lambda: loop(dense, caches[1]),
         )
-    return ratio
 
 
 def forward_backward(dense: Any, ours: Any, ids: torch.Tensor, trace: RoutingTrace) -> Ratio:

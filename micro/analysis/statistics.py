@@ -36,6 +36,6 @@ def bootstrap(
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator, NaN where nothing was counted."""
+    """The quotient, NaN where nothing was counted."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(denominator > 0, numerator / denominator, np.nan)

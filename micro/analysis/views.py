@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micro.analysis.batches import IGNORED
+from micro.experts import default_names
 from micro.report.tokens import TokenView
 
 if TYPE_CHECKING:
@@ -36,12 +37,8 @@ def trace_view(title: str, tokenizer: Any, ids: list[int], trace: Any, *, row: i
     """View of one row of a :class:`~micro.modeling.RoutingTrace`; ids beyond the trace are left out."""
     slots = min(len(ids), trace.probs.shape[2])
     probs = trace.probs[:, row, :slots].float().numpy()
-    names = trace.expert_names if getattr(trace, "expert_names", None) else None
-    from micro.experts import default_names
-
-    return TokenView(
-        title, token_texts(tokenizer, ids[:slots]), probs, names or default_names(probs.shape[-1]), prompt_length=prompt
-    )
+    names = default_names(probs.shape[-1])
+    return TokenView(title, token_texts(tokenizer, ids[:slots]), probs, names, prompt_length=prompt)
 
 
 @torch.no_grad()
@@ -56,7 +53,7 @@ def record_view(model: MiCRoForCausalLM, tokenizer: Any, record: Record, title: 
     row = encode(record, tokenizer)
     if row is None:
         raise ValueError("record_view: this record was dropped by encode (no answer left)")
-    view = text_view(model, tokenizer, row["input_ids"], title or record.prompt_text, **controls)
+    view = text_view(model, tokenizer, row["input_ids"], title or record.messages()[-2]["content"], **controls)
     answer = [label != IGNORED for label in row["labels"]]
     view.prompt_length = answer.index(True) if True in answer else len(answer)
     view.labels = [int(e) if a else -1 for e, a in zip(row["routing_labels"], answer, strict=True)]

@@ -21,8 +21,8 @@ def build_page(result: DemoResult) -> Page:
     source = result.receipt.get("source", plan.backbone)
     page = Page(
         "Mixture of Cognitive Reasoners, trained in minutes",
-        f"{source}, upcycled to four experts per block, trained in three stages on generated labelled answers and tested "
-        "on sentence templates that it never saw.",
+        f"{source}, upcycled to four experts per block, trained in three stages on generated labelled answers and "
+        "tested on sentence templates that it never saw.",
     )
     _claims(page, result)
     _routing(page, result)
@@ -39,8 +39,8 @@ def _claims(page: Page, result: DemoResult) -> None:
     for verdict in verdicts(result):
         page.verdict(verdict.holds, verdict.claim)
     page.text(
-        f"A bag-of-words classifier trained on the training templates labels {result.baseline['token_accuracy']:.3f} of "
-        "the held-out words like their span (balanced over labels). It stands here for comparison, not as a bar.",
+        f"A bag-of-words classifier trained on the training templates labels {result.baseline['token_accuracy']:.3f} "
+        "of the held-out words like their span (balanced over labels). It stands here for comparison, not as a bar.",
         quiet=True,
     )
 
@@ -67,8 +67,9 @@ def _routing(page: Page, result: DemoResult) -> None:
 def _tokens(page: Page, result: DemoResult) -> None:
     page.section("Tokens")
     page.text(
-        "Held-out answers, teacher-forced, then answers that the model wrote itself. The slider goes through the layers; its "
-        "left end is the vote of all layers. Hover or tab to a token for its probabilities. Prompts are pale."
+        "Held-out answers, teacher-forced, then answers that the model wrote itself. The slider goes through the "
+        "layers; its left end is the vote of all layers. Hover or tab to a token for its probabilities. Prompts are "
+        "pale."
     )
     page.html(token_views_html([*result.views, *result.generated]), style=STYLE)
 
@@ -94,8 +95,8 @@ def _steering(page: Page, result: DemoResult) -> None:
 
     page.section("Steering")
     page.text(
-        "The same prompts under four settings in one batch. Steering to a domain keeps that domain's expert and language, "
-        "and removes the other two for the whole call."
+        "The same prompts under four settings in one batch. Steering to a domain keeps that domain's expert and "
+        "language, and removes the other two for the whole call."
     )
     rows = [{"prompt": s.prompt, **s.answers} for s in result.steered]
     page.html(table_html(pd.DataFrame(rows)))
@@ -113,14 +114,14 @@ def _method(page: Page, result: DemoResult) -> None:
     page.section("Method and limits")
     page.html(table_html(_settings(result)))
     page.text(
-        f"The routers get the language-modelling loss alone; labels are used in stage 1 only. The control is the same run "
-        f"with a random expert per token in stage 1, stopped after {plan.control_induce_steps} and "
+        "The routers get the language-modelling loss alone; labels are used in stage 1 only. The control is the same "
+        f"run with a random expert per token in stage 1, stopped after {plan.control_induce_steps} and "
         f"{plan.control_calibrate_steps} steps of stages 1 and 2 and without stage 3."
     )
     page.text(
-        "All text comes from templates, not from people or models; the pretrained weights were quantised to 4 bits before "
-        "upcycling. So this page shows that the method works end to end on a real backbone; it is not a benchmark. Usage is "
-        "not importance: only the ablations say what an expert does."
+        "All text comes from templates, not from people or models; the pretrained weights were quantised to 4 bits "
+        "before upcycling. So this page shows that the method works end to end on a real backbone; it is not a "
+        "benchmark. Usage is not importance: only the ablations say what an expert does."
     )
 
 

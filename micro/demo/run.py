@@ -212,11 +212,9 @@ def _generate(folder: Path, test: list[Record], result: DemoResult) -> None:
 
     model, tokenizer = _load(folder)
     tokenizer.padding_side = "left"
-    prompts = [record.prompt_text for record in _one_per_domain(test)]
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
+    turns = [record.messages()[:-1] for record in _one_per_domain(test)]
+    prompts = [messages[-1]["content"] for messages in turns]
+    chats = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in turns]
     batch = tokenizer(
         [chat for chat in chats for _ in STEERING], return_tensors="pt", padding=True, add_special_tokens=False
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -38,7 +38,7 @@ def train_backbone(folder: Path, records: Path, *, seed: int, say: Callable[[str
     if folder.is_dir():
         return folder
     answers = load_records(records)
-    tokenizer = tiny_tokenizer((r.prompt_text + "\n" + r.assistant for r in answers), vocab_size=VOCABULARY)
+    tokenizer = tiny_tokenizer((m["content"] for r in answers for m in r.messages()), vocab_size=VOCABULARY)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

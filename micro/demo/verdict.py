@@ -31,10 +31,10 @@ def _routing_claim(result: DemoResult) -> Verdict:
     low, high = ours.accuracy_interval
     control_low, control_high = control.accuracy_interval
     text = (
-        f"On held-out templates {ours.accuracy:.3f} [{low:.3f}, {high:.3f}] of the answer tokens are routed to the expert "
-        f"of their label (top-1, mean over all layers, balanced over labels, 95 % bootstrap interval over "
-        f"{ours.samples} records; best layer {ours.best_layer}: {max(ours.accuracy_by_layer):.3f}). This exceeds chance, "
-        f"{chance:.2f}, and the control trained with random labels, {control.accuracy:.3f} [{control_low:.3f}, "
+        f"On held-out templates {ours.accuracy:.3f} [{low:.3f}, {high:.3f}] of the answer tokens are routed to the "
+        f"expert of their label (top-1, mean over all layers, balanced over labels, 95 % bootstrap interval over "
+        f"{ours.samples} records; best layer {ours.best_layer}: {max(ours.accuracy_by_layer):.3f}). This exceeds "
+        f"chance, {chance:.2f}, and the control trained with random labels, {control.accuracy:.3f} [{control_low:.3f}, "
         f"{control_high:.3f}], with disjoint intervals."
     )
     return Verdict(text, low > chance and low > control_high)

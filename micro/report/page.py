@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 STYLE = """
 :root { --ink: #202124; --quiet: #5f6368; --line: #dadce0; --paper: #fff; --soft: #f8f9fa; }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--soft); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--soft); color: var(--ink);
+  font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 40px 48px 64px; background: var(--paper); min-height: 100vh; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 19px; margin: 44px 0 8px; padding-top: 14px; border-top: 1px solid var(--line); }

@@ -17,7 +17,8 @@ from micro.report.figures import display_order, expert_colours
 
 STYLE = """
 .tokens { border: 1px solid var(--line); padding: 12px 16px; margin: 10px 0 18px; position: relative; }
-.tokens .bar { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; font-size: 13px; color: var(--quiet); }
+.tokens .bar { display: flex; flex-wrap: wrap; gap: 6px 18px; align-items: center; font-size: 13px;
+  color: var(--quiet); }
 .tokens input[type=range] { width: 220px; accent-color: #202124; }
 .tokens .text { margin-top: 10px; line-height: 2.0; white-space: pre-wrap; overflow-wrap: anywhere; }
 .tokens .t { border-bottom: 3px solid var(--c, transparent); padding: 1px 0;
@@ -103,8 +104,9 @@ class TokenView:
         data = html.escape(json.dumps(view, separators=(",", ":")), quote=True)
         return (
             f"<h3>{html.escape(self.title)}</h3><div class='tokens' data-view=\"{data}\"><div class='bar'>"
-            f"<label>layer <input type='range' min='-1' max='{layers - 1}' value='-1'></label><output>vote of all layers"
-            f"</output>{legend_html(self.experts)}</div><div class='text'>{spans}</div><div class='tip'></div></div>"
+            f"<label>layer <input type='range' min='-1' max='{layers - 1}' value='-1'></label>"
+            f"<output>vote of all layers</output>{legend_html(self.experts)}</div>"
+            f"<div class='text'>{spans}</div><div class='tip'></div></div>"
         )
 
     def to_ansi(self) -> str:
