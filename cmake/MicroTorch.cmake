@@ -19,7 +19,10 @@ list(GET MICRO_TORCH_FOUND 1 MICRO_TORCH_VERSION)
 set(MICRO_TORCH_LIB_DIR ${MICRO_TORCH_DIR}/lib)
 
 list(PREPEND CMAKE_PREFIX_PATH ${MICRO_TORCH_DIR}/share/cmake)
+# torch warns of a library of its own build that wheels do not carry (kineto); nobody can act on it.
+set(CMAKE_MESSAGE_LOG_LEVEL ERROR)
 find_package(Torch REQUIRED)
+unset(CMAKE_MESSAGE_LOG_LEVEL)
 find_package(Threads REQUIRED)
 
 # torch's inline parallel_for needs OpenMP in the compiler; the runtime must be the one that torch has loaded, or the

@@ -10,13 +10,14 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 LIBRARY = Path(__file__).parent / "lib" / "libmicro.so"
 
 
-def rebuild_command(info: dict[str, str]) -> str:
+def rebuild_command(info: dict[str, Any]) -> str:
     """The command that builds micro against the torch that is installed now."""
     if info.get("in_source_tree") == "ON":
         return f"make -C {LIBRARY.parents[2]} build"
@@ -25,14 +26,14 @@ def rebuild_command(info: dict[str, str]) -> str:
     )
 
 
-def read_build_info() -> dict[str, str]:
+def read_build_info() -> dict[str, Any]:
     """What the build wrote beside libmicro: version, torch, compiler, CUDA.
 
     Raises:
         ImportError: the core has not been built.
     """
     try:
-        info: dict[str, str] = json.loads(LIBRARY.with_name("build_info.json").read_text())
+        info: dict[str, Any] = json.loads(LIBRARY.with_name("build_info.json").read_text())
     except FileNotFoundError:
         raise ImportError(
             f"the compiled core of micro is missing ({LIBRARY}): in a checkout run `make build`, else reinstall with "
@@ -53,7 +54,7 @@ def _load() -> ModuleType:
     if mismatch(built, found):
         raise ImportError(sentence)
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
         return importlib.import_module("micro._C")
     except (OSError, ImportError) as error:
         if built != found and "undefined symbol" in str(error):
@@ -62,3 +63,30 @@ def _load() -> ModuleType:
 
 
 core = _load()
+
+
+def operators() -> list[str]:
+    """The public operators of ``torch.ops.micro``: those that are no half of another one."""
+    names = {
+        name.removeprefix("micro::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("micro::")
+    }
+    return sorted(name for name in names if not name.endswith(("_forward", "_backward")))
+
+
+def build_info() -> dict[str, Any]:
+    """What :func:`micro.build_info` returns: the build's record, the instruction set, and the path of each operator."""
+    info = read_build_info()
+    kernels = info.pop("kernels")
+    info |= core.build_info()
+    levels = ["plain", "avx2", "avx512", "avx512_bf16"]
+    reachable = levels[: levels.index(info["isa"]) + 1]
+    info["ops"] = {
+        name: {
+            "cpu": f"micro kernel ({[level for level in kernels[name] if level in reachable][-1]})"
+            if name in kernels
+            else "torch functions",
+            "cuda": f"none ({info['cuda']})",
+        }
+        for name in operators()
+    }
+    return info | {"library": str(LIBRARY), "torch_found": str(torch.__version__), "cuda_archs": []}

@@ -34,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The parts of libmicro that are not functions on tensors.";
   m.attr("__version__") = MICRO_VERSION;
   py::register_local_exception_translator(translate);
+  bind_build_info(m);
 }

@@ -4,3 +4,6 @@
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;
+
+// bindings/<name>.cpp defines bind_<name>; module.cpp calls them.
+void bind_build_info(py::module_& m);
