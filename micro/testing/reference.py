@@ -154,9 +154,7 @@ def rms_norm(
     return normalized.to(x.dtype) * row_gain
 
 
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None = None
-) -> Tensor:
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None = None) -> Tensor:
     """f_i = 1 / theta^(2i/D) in float32, in this order (model.md 2.2). scaling: (factor, low, high, old context) of
     Llama 3. Returns [D/2] float32."""
     f = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
@@ -276,9 +274,15 @@ def label_loss(
 def routing_entropy(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over real tokens of -sum p log p, natural logarithm, 0 log 0 = 0 (model.md 7.5). probs [...,T,E],
     mask bool [T]. Returns [...]: one mean decision entropy per leading index (per layer)."""
-    h = -torch.special.xlogy(probs, probs).sum(-1)
+    possible = torch.where(probs > 0, probs, 1)  # 0 log 0 = 0, and its gradient is 0 as well
+    h = -(possible * possible.log()).sum(-1)
     m = torch.ones(h.shape[-1], dtype=h.dtype) if mask is None else mask.to(h.dtype)
     return (h * m).sum(-1) / m.sum().clamp(min=1)
+
+
+def gradient_norm(gradients: list[Tensor]) -> Tensor:
+    """sqrt of the sum of all squares, in float64: what clipping by the global norm divides by. Returns a scalar."""
+    return torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
 
 
 def adamw_step(

@@ -1,0 +1,221 @@
+#include "micro/cross_entropy.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ne.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "micro_kernels/cross_entropy.h"
+#include "ops/common.h"
+
+namespace micro {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr char kName[] = "micro::cross_entropy";
+constexpr int64_t kLogitBytes = 32 << 20;  // a chunk's logits: enough rows for fast products, small beside the head
+
+void check_arguments(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  TORCH_CHECK_VALUE(hidden.dim() == 2, kName, ": hidden must be [T, H], got ", hidden.sym_sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && same(weight.sym_size(1), hidden.sym_size(1)), kName, ": weight must be [V, ",
+                    hidden.sym_size(1), "], got ", weight.sym_sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == hidden.scalar_type(), kName, ": weight is ", weight.scalar_type(),
+                   " but hidden is ", hidden.scalar_type());
+  TORCH_CHECK_TYPE(targets.scalar_type() == at::kLong, kName, ": targets must be int64, got ", targets.scalar_type());
+  TORCH_CHECK_VALUE(targets.dim() == 1 && same(targets.sym_size(0), hidden.sym_size(0)), kName, ": targets must be [",
+                    hidden.sym_size(0), "], got ", targets.sym_sizes());
+  TORCH_CHECK_VALUE(weight.device() == hidden.device() && targets.device() == hidden.device(), kName, ": weight is on ",
+                    weight.device(), " and targets are on ", targets.device(), " but hidden is on ", hidden.device());
+}
+
+// ---- forward: loss and the gradients that are wanted, for an upstream gradient of 1 --------------------------------
+
+// Losses of a chunk's rows; the logits are replaced by their gradient if that is wanted.
+Tensor chunk_losses(const Tensor& logits, const Tensor& targets, bool write_gradient) {
+  const Tensor losses = at::empty({logits.size(0)}, logits.options().dtype(accumulator_dtype(logits)));
+  const micro_kernels::CrossEntropyParams params{
+      .logits = logits.mutable_data_ptr(),
+      .targets = targets.const_data_ptr<int64_t>(),
+      .losses = losses.mutable_data_ptr(),
+      .rows = logits.size(0),
+      .vocabulary = logits.size(1),
+      .write_gradient = write_gradient,
+      .dtype = kernel_dtype(kName, logits),
+  };
+  const auto status = logits.is_cuda() ? micro_kernels::cuda::cross_entropy(params, current_stream(logits))
+                                       : micro_kernels::cpu::cross_entropy(params, parallel_for);
+  TORCH_CHECK_VALUE(status != micro_kernels::Status::kIndexOutOfRange, kName, ": a target lies outside [0, ",
+                    logits.size(1), ") and is not ignore_index");
+  check(kName, status);
+  return losses;
+}
+
+// grad_weight += grad_logits^T hidden. Chunks are added in the accumulator type, so that their number costs bfloat16 no
+// precision.
+void add_weight_gradient(const Tensor& grad_weight, const Tensor& grad_logits, const Tensor& hidden) {
+  if (grad_weight.scalar_type() == hidden.scalar_type()) {
+    Tensor out = grad_weight;
+    at::addmm_out(out, grad_weight, grad_logits.t(), hidden);
+  } else {
+    grad_weight.add_(at::mm(grad_logits.t(), hidden));
+  }
+}
+
+// A gradient that is not wanted is a tensor without elements: traced graphs know no undefined tensors.
+std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& hidden, const Tensor& weight, std::array<bool, 2> wanted) {
+  const auto wide = hidden.options().dtype(accumulator_dtype(hidden));
+  return {at::zeros({}, wide),
+          wanted[0] ? at::zeros_symint(hidden.sym_sizes(), hidden.options()) : at::empty({0}, wide),
+          wanted[1] ? at::zeros_symint(weight.sym_sizes(), wide) : at::empty({0}, wide)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                           int64_t ignore_index, std::array<bool, 2> wanted) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::DeviceGuard device(hidden.device());
+  const int64_t vocabulary = weight.size(0);
+  auto [loss, grad_hidden, grad_weight] = allocate(hidden, weight, wanted);
+  const Tensor rows = at::nonzero(at::ne(targets, ignore_index)).squeeze(1);
+  const int64_t row_bytes = std::max<int64_t>(1, vocabulary * static_cast<int64_t>(hidden.element_size()));
+  const int64_t chunk = std::max<int64_t>(1, kLogitBytes / row_bytes);
+  const Tensor buffer = at::empty({std::min(chunk, rows.numel()), vocabulary}, hidden.options());
+  Tensor total = at::zeros({}, loss.options().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < rows.numel(); begin += chunk) {
+    const Tensor chosen = rows.narrow(0, begin, std::min(chunk, rows.numel() - begin));
+    const Tensor chosen_hidden = hidden.index_select(0, chosen);
+    Tensor logits = buffer.narrow(0, 0, chosen.numel());
+    at::mm_out(logits, chosen_hidden, weight.t());
+    total += chunk_losses(logits, targets.index_select(0, chosen), wanted[0] || wanted[1]).sum(at::kDouble);
+    if (wanted[0]) grad_hidden.index_copy_(0, chosen, at::mm(logits, weight));
+    if (wanted[1]) add_weight_gradient(grad_weight, logits, chosen_hidden);
+  }
+  loss.copy_(total);
+  return {loss, grad_hidden, grad_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& hidden, const Tensor& weight, const Tensor&, int64_t,
+                                                std::array<bool, 2> wanted) {
+  return allocate(hidden, weight, wanted);
+}
+
+// ---- backward: scale
+// ---------------------------------------------------------------------------------------------------
+
+// hidden and weight give the types, and show whether a second derivative is asked for.
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_hidden, const Tensor& grad_weight,
+                                    const Tensor& hidden, const Tensor& weight, std::array<bool, 2> wanted) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return {wanted[0] ? grad_hidden.mul(grad_loss).to(hidden.scalar_type()) : Tensor(),
+          wanted[1] ? grad_weight.mul(grad_loss).to(weight.scalar_type()) : Tensor()};
+}
+
+// ---- autograd ------------------------------------------------------------------------------------------------------
+
+auto call_forward() {
+  static const auto call = op<decltype(forward)>("micro::cross_entropy_forward");
+  return call;
+}
+
+auto call_backward() {
+  static const auto call = op<decltype(backward)>("micro::cross_entropy_backward");
+  return call;
+}
+
+struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
+  static Tensor forward(AutogradContext* context, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                        int64_t ignore_index, std::array<bool, 2> wanted) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, grad_hidden, grad_weight] = call_forward().call(hidden, weight, targets, ignore_index, wanted);
+    context->save_for_backward({grad_hidden, grad_weight, hidden, weight});
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad) {
+    const auto saved = context->get_saved_variables();
+    const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
+    auto [grad_hidden, grad_weight] = call_backward().call(grad[0], saved[0], saved[1], saved[2], saved[3], wanted);
+    return {grad_hidden, grad_weight, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor cross_entropy_autograd(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t ignore_index) {
+  check_arguments(hidden, weight, targets);
+  const bool enabled = at::GradMode::is_enabled();
+  const std::array<bool, 2> wanted{enabled && hidden.requires_grad(), enabled && weight.requires_grad()};
+  return CrossEntropy::apply(hidden, weight, targets, ignore_index, wanted);
+}
+
+Tensor cross_entropy_below_autograd(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                                    int64_t ignore_index) {
+  check_arguments(hidden, weight, targets);
+  return std::get<0>(call_forward().call(hidden, weight, targets, ignore_index, {false, false}));
+}
+
+std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_loss, const Tensor& grad_hidden,
+                                             const Tensor& grad_weight, const Tensor& hidden, const Tensor& weight,
+                                             std::array<bool, 2> wanted) {
+  refuse_second_derivative(kName, grad_loss, hidden, weight);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return call_backward().call(grad_loss, grad_hidden, grad_weight, hidden, weight, wanted);
+}
+
+// The products run in autocast's type, as those of torch's own linear do.
+Tensor cross_entropy_autocast(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t ignore_index) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto device = hidden.device().type();
+  const at::ScalarType type = at::autocast::get_autocast_dtype(device);
+  return cross_entropy(at::autocast::cached_cast(type, hidden, device), at::autocast::cached_cast(type, weight, device),
+                       targets, ignore_index);
+}
+
+}  // namespace
+
+Tensor cross_entropy(const Tensor& hidden, const Tensor& weight, const Tensor& targets, int64_t ignore_index) {
+  static const auto call = op<decltype(cross_entropy)>(kName);
+  return call.call(hidden, weight, targets, ignore_index);
+}
+
+TORCH_LIBRARY_FRAGMENT(micro, m) {
+  m.def("cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index=-100) -> Tensor");
+  m.def(
+      "cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool[2] wanted)"
+      " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor hidden, Tensor weight,"
+      " bool[2] wanted) -> (Tensor grad_hidden, Tensor grad_weight)");
+}
+TORCH_LIBRARY_IMPL(micro, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy_below_autograd); }
+TORCH_LIBRARY_IMPL(micro, Autograd, m) {
+  m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("cross_entropy_backward", backward_autograd);
+}
+TORCH_LIBRARY_IMPL(micro, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
+TORCH_LIBRARY_IMPL(micro, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
+TORCH_LIBRARY_IMPL(micro, CPU, m) {
+  m.impl("cross_entropy_forward", forward);
+  m.impl("cross_entropy_backward", backward);
+}
+TORCH_LIBRARY_IMPL(micro, CUDA, m) {
+  m.impl("cross_entropy_forward", forward);
+  m.impl("cross_entropy_backward", backward);
+}
+TORCH_LIBRARY_IMPL(micro, Meta, m) {
+  m.impl("cross_entropy_forward", forward_meta);
+  m.impl("cross_entropy_backward", backward);
+}
+
+}  // namespace micro

@@ -1,0 +1,7 @@
+#include "adamw_step/adamw_step_loop.h"
+
+namespace micro_kernels::cpu {
+
+const AdamWLoops kAdamWAvx2 = kLoops;
+
+}  // namespace micro_kernels::cpu
