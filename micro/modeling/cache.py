@@ -1,0 +1,142 @@
+"""The key/value cache: per layer one tensor of keys and one of values, [B, E*G, J, D].
+
+The expert axis is folded into the heads, so that every operation of transformers' caches (crop, reorder, repeat, select,
+reset) is right as inherited, and stock ``DynamicCache(config=...)`` and ``StaticCache`` work too (model.md 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+from micro.modeling.config import MiCRoConfig
+
+_CHUNK = 64  # slots by which a store grows at least
+
+
+class MiCRoCacheLayer(DynamicLayer):
+    """Keys and values of one layer. Without gradient they live in a store that grows in chunks and is filled in place
+    (performance.md 9.14); ``keys`` and ``values`` are views of its filled part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stores: tuple[Tensor, Tensor] | None = None
+        self._views: tuple[Tensor, Tensor] | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add S slots, keys and values [B,E,G,S,D] (any strides); return all of them as [B,E,G,J,D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if torch.is_grad_enabled():
+            # A tensor that autograd may have saved must not change: concatenate, as the stock layer does.
+            all_keys, all_values = super().update(keys.flatten(1, 2), values.flatten(1, 2))
+        else:
+            all_keys, all_values = self._append_in_place(keys, values)
+        experts, groups = keys.shape[1:3]
+        return all_keys.unflatten(1, (experts, groups)), all_values.unflatten(1, (experts, groups))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add S slots, [B,heads,S,D]; return all of them (the interface of stock layers)."""
+        keys, values = self.append(key_states[:, None], value_states[:, None])
+        return keys.flatten(1, 2), values.flatten(1, 2)
+
+    def _append_in_place(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        old, new = self.get_seq_length(), keys.shape[3]
+        stores = self._room_for(keys, values, old, old + new)
+        for store, part in zip(stores, (keys, values), strict=True):
+            store[:, :, old : old + new].unflatten(1, part.shape[1:3]).copy_(part)
+        self.keys, self.values = (store[:, :, : old + new] for store in stores)
+        self._stores, self._views = stores, (self.keys, self.values)
+        return self.keys, self.values
+
+    def _room_for(self, keys: Tensor, values: Tensor, old: int, need: int) -> tuple[Tensor, Tensor]:
+        """The stores, if the cached slots still are their own views (not cropped, reordered or replaced from outside)
+        and there is room; otherwise larger ones with the cached slots copied."""
+        mine = self._views is not None and self._views[0] is self.keys and self._views[1] is self.values
+        if mine and self._stores is not None and self._stores[0].shape[2] >= need:
+            if torch.is_inference_mode_enabled() or not self._stores[0].is_inference():
+                return self._stores
+        capacity = -(-max(need, old + old // 4) // _CHUNK) * _CHUNK
+        stores = []
+        for new, cached in ((keys, self.keys), (values, self.values)):
+            batch, experts, groups, _, size = new.shape
+            store = new.new_empty(batch, experts * groups, capacity, size)
+            if old:
+                store[:, :, :old].copy_(cached)
+            stores.append(store)
+        return stores[0], stores[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last slots (a count <= 0, as in transformers). The store is kept."""
+        mine = self._views is not None and self._views[0] is self.keys
+        super().crop(tokens_to_remove)
+        if mine and self.is_initialized:
+            self._views = (self.keys, self.values)
+
+    def reset(self) -> None:
+        """Forget all slots and free the store."""
+        self._stores = self._views = None
+        super().reset()
+
+
+class MiCRoCache(Cache):
+    """Cache of a MiCRo model, for any ``past_key_values``: E experts' keys and values per layer (whole-block experts)
+    or one pair per layer (FFN experts). Slot numbers of official caches are layer * E + expert (model.md 3.1)."""
+
+    def __init__(self, config: MiCRoConfig) -> None:
+        if not isinstance(config, MiCRoConfig):
+            raise TypeError(f"MiCRoCache(config): expected a MiCRoConfig, got {type(config).__name__}")
+        super().__init__(layers=[MiCRoCacheLayer() for _ in range(config.num_hidden_layers)])
+
+    @property
+    def length(self) -> int:
+        """Number of cached slots."""
+        return int(self.get_seq_length())
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` slots."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"MiCRoCache.truncate: length is {length}, the cache holds {self.length} slots")
+        self.crop(length - self.length)
+
+
+def check_cache(cache: object, config: MiCRoConfig, batch: int) -> Cache:
+    """The cache itself, if a MiCRo model can use it; otherwise an error that names it and says what to pass."""
+    advice = "pass MiCRoCache(model.config), DynamicCache(config=model.config) or StaticCache(config=model.config, ...)"
+    name = type(cache).__name__
+    if not isinstance(cache, (MiCRoCache, DynamicCache, StaticCache)):
+        raise TypeError(f"past_key_values is a {name}; {advice}")
+    if cache.layer_class_to_replicate is not None:
+        raise ValueError(f"past_key_values is a {name} made without config, which has no layers yet; {advice}")
+    if cache.offloading and not torch.cuda.is_available():
+        raise ValueError(f"past_key_values is an offloaded {name}, which needs CUDA; {advice}")
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {config.num_hidden_layers}")
+    if odd := {type(layer).__name__ for layer in cache.layers if type(layer) not in _LAYERS}:
+        raise ValueError(f"past_key_values has layers of type {sorted(odd)}; {advice}")
+    first = cache.layers[0]
+    if first.is_initialized and first.keys is not None and first.keys.numel():
+        have, want = tuple(first.keys.shape[:2]), (batch, config.cache_heads)
+        if have != want:
+            raise ValueError(
+                f"past_key_values holds {have[0]} rows of {have[1]} key heads (experts x groups), "
+                f"this call needs {want[0]} rows of {want[1]}"
+            )
+    return cache
+
+
+_LAYERS = (MiCRoCacheLayer, DynamicLayer, StaticLayer)
+
+
+def append_to_cache(cache: Cache, layer: int, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Add keys and values [B,E,G,S,D] of one layer; return all ``length`` filled slots as [B,E,G,J,D]."""
+    own = cache.layers[layer]
+    if isinstance(own, MiCRoCacheLayer):
+        return own.append(keys, values)
+    heads = keys.shape[1:3]
+    all_keys, all_values = cache.update(keys.flatten(1, 2), values.flatten(1, 2), layer)
+    # A static layer returns its whole buffer; slots that no call has filled are cut off.
+    return tuple(t[:, :, :length].unflatten(1, heads) for t in (all_keys, all_values))  # type: ignore[return-value]

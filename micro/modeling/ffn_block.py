@@ -1,0 +1,94 @@
+"""One layer of FFN experts (MoE, MiCRo-MoE): attention and norms are shared, only the FFN is cloned (model.md 2.12)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from micro import ops
+from micro.modeling.block import LayerResult, MiCRoBlocks, decide, jitter, result
+from micro.modeling.cache import append_to_cache
+from micro.modeling.call import Call, LayerControls
+from micro.modeling.config import MiCRoConfig
+from micro.modeling.layers import RMSNorm, touch
+from micro.modeling.router import MiCRoRouter
+
+
+class MiCRoAttention(nn.Module):
+    """The shared attention of one layer, under the backbone's own parameter names."""
+
+    def __init__(self, config: MiCRoConfig, index: int) -> None:
+        super().__init__()
+        hidden, head = config.hidden_size, int(config.head_dim or 0)
+        self.index, self.olmo = index, config.backbone == "olmo2"
+        self.heads = (config.num_attention_heads, int(config.num_key_value_heads or 0), head)
+        queries, keys = self.heads[0] * head, self.heads[1] * head
+        self.q_proj = nn.Linear(hidden, queries, bias=False)
+        self.k_proj = nn.Linear(hidden, keys, bias=False)
+        self.v_proj = nn.Linear(hidden, keys, bias=False)
+        self.o_proj = nn.Linear(queries, hidden, bias=False)
+        if self.olmo:
+            eps = float(config.rms_norm_eps or 0)
+            self.q_norm = RMSNorm(queries, eps, gain_in_float32=True)
+            self.k_norm = RMSNorm(keys, eps, gain_in_float32=True)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:
+        """x [T,H] -> [T,H]: causal attention, as the expert attention with one expert that has every token."""
+        heads, groups, size = self.heads
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.olmo:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = ops.rope(q.unflatten(-1, (heads, size)), call.cos, call.sin)
+        k = ops.rope(k.unflatten(-1, (groups, size)), call.cos, call.sin)
+        shape = (call.rows, 1, call.slots, groups, size)
+        k, v = (t.view(shape).transpose(2, 3) for t in (k, v))
+        if call.cache is not None:
+            k, v = append_to_cache(call.cache, self.index, k, v, call.length)
+        a = ops.expert_attention(q, k, v, call.tokens, call.whole, slots=call.slots, start=call.start, mask=call.mask)
+        return self.o_proj(a.flatten(1))
+
+
+class MiCRoFFNLayer(GradientCheckpointingLayer):
+    """A layer whose experts are FFNs."""
+
+    def __init__(self, config: MiCRoConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.olmo = index, config.backbone == "olmo2"
+        self.num_experts = config.num_experts
+        eps = float(config.rms_norm_eps or 0)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps, gain_in_float32=self.olmo)
+
+        self.self_attn = MiCRoAttention(config, index)
+        self.post_attention_layernorm = norm()
+        if self.olmo:
+            self.post_feedforward_layernorm = norm()
+        else:
+            self.input_layernorm = norm()
+        self.router = MiCRoRouter(config)
+        self.blocks = MiCRoBlocks(config)
+
+    def forward(
+        self, hidden: Tensor, bias: Tensor | None = None, *, call: Call, controls: LayerControls
+    ) -> LayerResult:
+        """As :meth:`micro.modeling.block.MiCRoBlockLayer.forward`."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        if self.olmo:
+            u = jitter(x + self.post_attention_layernorm(self.self_attn(x, call)), controls)
+            n = u
+        else:
+            u = x + self.self_attn(self.input_layernorm(x), call)
+            n = jitter(self.post_attention_layernorm(u), controls)
+        raw, routing = decide(self.router, n, bias, call, controls)
+        m = self._mixture(n, routing.ids, routing.weights, call)
+        y = u + (self.post_feedforward_layernorm(m) if self.olmo else m)
+        if controls.rows is not None:
+            y = touch(y, self.router)
+        return result(y.view(hidden.shape), raw, routing, controls)
+
+    def _mixture(self, n: Tensor, ids: Tensor, weights: Tensor, call: Call) -> Tensor:
+        """Weighted sum of a token's FFN experts, [T,H]; 0 at padded tokens."""
+        plan = ops.plan(ids, self.num_experts, weights, call.real)
+        rows = ops.permute(n, plan.tokens, plan.offsets, plan.inverse)
+        return ops.combine(self.blocks.ffn(rows, plan.offsets), weights, plan.experts, plan.offsets, plan.inverse)

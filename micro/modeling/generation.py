@@ -1,0 +1,185 @@
+"""Generation: the controls are normalised once on entry and travel as one object; the routing of all steps is gathered."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import GenerationConfig
+
+from micro.modeling.cache import MiCRoCache
+from micro.modeling.steer import Steering
+from micro.modeling.trace import RoutingTrace
+
+CONTROLS = tuple(name for name in inspect.signature(Steering.make).parameters if name != "config")
+
+# What transformers offers under cache_implementation and why it does not work here.
+_REFUSED = {
+    "paged": "continuous batching pages one key/value pair per layer, a MiCRo layer has one per expert",
+    "quantized": "quantised caches hold one key/value pair per layer of the stock shape",
+    "hybrid": "it has sliding windows, which no backbone here uses",
+    "hybrid_chunked": "it has sliding windows, which no backbone here uses",
+    "sliding_window": "no backbone here uses sliding windows",
+}
+
+
+class MiCRoGenerationMixin(GenerationMixin):
+    """``generate`` with steering and routing traces (interface.md 2, model.md 4.5)."""
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in ``transformers``, with the controls of ``forward`` and ``output_routing=True``, which implies
+        ``return_dict_in_generate=True`` and adds ``.routing``: prompt + new tokens - 1 slots; for beams, those of the
+        returned sequences."""
+        streamer = kwargs.get("streamer")
+        try:
+            return self._generate(inputs, generation_config, kwargs)
+        except BaseException:
+            if streamer is not None:
+                streamer.end()  # a consumer in another thread would wait for ever
+            raise
+
+    def _generate(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        _check_cache_implementation(self, generation_config, kwargs)
+        kwargs["steering"] = steering = self._steering_of_generate(inputs, kwargs)
+        want = kwargs.pop("output_routing", False)
+        steering.trace = [] if want else None
+        if want:
+            if kwargs.get("return_dict_in_generate") is False:
+                raise ValueError("output_routing=True needs return_dict_in_generate=True, which it sets by itself")
+            kwargs |= {"output_routing": True, "return_dict_in_generate": True}
+        out = super().generate(inputs, generation_config, **kwargs)
+        if want:
+            out["routing"] = _assemble(out, steering)
+        return out
+
+    def _steering_of_generate(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Steering:
+        """The controls among ``kwargs`` (removed from it) as one object; an assistant model inherits its main model's."""
+        controls = {name: kwargs.pop(name) for name in CONTROLS if name in kwargs}
+        steering = kwargs.pop("steering", None)
+        if steering is None:
+            steering = Steering.make(self.config, **controls)
+        elif both := [name for name, value in controls.items() if value is not None]:
+            raise ValueError(f"steering is normalised already; do not also give {both}")
+        steering = steering.repeat(1)
+        if steering.prompt is None:
+            given = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            slots = 1 if given is None else given.shape[1]  # without a prompt, generate starts from one BOS token
+            mask = kwargs.get("attention_mask")
+            steering.origin = max(0, mask.shape[1] - slots) if mask is not None and mask.dim() == 2 else 0
+            steering.prompt = slots
+        return steering
+
+    # ------------------------------------------------------------------ hooks of transformers' generate
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        steering = kwargs.get("steering")
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if steering is not None and expand_size > 1:
+            kwargs["steering"] = steering.repeat(expand_size)
+        return input_ids, kwargs
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        steering = model_kwargs.get("steering")
+        if steering is not None:
+            steering.stop_ids[:] = _stop_ids(generation_config)
+        own = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
+        if own and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MiCRoCache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_static_cache_init_shape(self) -> tuple[int, int]:
+        return self.config.cache_heads, int(self.config.head_dim or 0)
+
+    @staticmethod
+    def create_masks_for_generate(config: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Masks stay two-dimensional: our attention derives causality from slots, for static caches too."""
+        return attention_mask
+
+
+def _stop_ids(generation_config: GenerationConfig) -> list[int]:
+    ids = generation_config.eos_token_id
+    return [] if ids is None else [int(i) for i in (ids if isinstance(ids, (list, tuple)) else [ids])]
+
+
+def _check_cache_implementation(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse by name what does not work; the rest is None, "dynamic", "static" and, with CUDA, offloaded ones."""
+    default = getattr(model.generation_config, "cache_implementation", None)
+    name = kwargs.get("cache_implementation", getattr(generation_config, "cache_implementation", None) or default)
+    if name is None:
+        return
+    if name in _REFUSED:
+        raise ValueError(f'cache_implementation="{name}" does not work with MiCRo models: {_REFUSED[name]}')
+    if name in ("offloaded", "offloaded_static"):
+        if model.device.type != "cuda":
+            raise ValueError(
+                f'cache_implementation="{name}" needs a model on a CUDA device, this one is on {model.device}'
+            )
+    elif name not in ("dynamic", "static"):
+        raise ValueError(f'cache_implementation="{name}" is unknown; expected "dynamic", "static" or "offloaded"')
+
+
+# ---------------------------------------------------------------- routing of a whole generation
+def _assemble(out: Any, steering: Steering) -> RoutingTrace:
+    """One trace from those of all forward passes: prompt + new tokens - 1 slots of the returned sequences."""
+    steps = steering.trace or []
+    assert steering.prompt is not None
+    prompt = steering.origin + steering.prompt
+    beams = getattr(out, "beam_indices", None)
+    if beams is None:
+        trace = _merge_slots(steps, prompt)
+    else:
+        trace = _follow_beams(steps, beams, prompt)
+    # Ids without a prompt part (inputs_embeds) count from the answer on.
+    new = out.sequences.shape[1] - (steering.prompt if out.sequences.shape[1] > steering.prompt else 0)
+    last = _last_slot(out, steering, prompt)
+    trace = trace.slots(0, min(trace.ids.shape[2], last - trace.start))
+    assert new >= 0
+    trace.mask = trace.mask & ~_after_stop(out.sequences, steering, trace)
+    return trace
+
+
+def _last_slot(out: Any, steering: Steering, prompt: int) -> int:
+    """One past the last processed slot: the last token of a sequence is never processed."""
+    return steering.origin + out.sequences.shape[1] - 1
+
+
+def _merge_slots(steps: list[RoutingTrace], prompt: int) -> RoutingTrace:
+    """A slot that was processed twice (a rejected draft) counts as last processed: cut parts where later ones begin."""
+    parts: list[RoutingTrace] = []
+    begin = None
+    for step in reversed(steps):
+        end = step.start + step.ids.shape[2] if begin is None else min(begin, step.start + step.ids.shape[2])
+        if end > step.start:
+            parts.append(step.slots(0, end - step.start))
+            begin = step.start
+    return RoutingTrace.cat(parts[::-1], prompt)
+
+
+def _follow_beams(steps: list[RoutingTrace], beams: Tensor, prompt: int) -> RoutingTrace:
+    """beams[i,t] is the running row from which returned sequence i took its token t, that is, the row of forward t."""
+    parts = [step.rows(beams[:, 0].clamp(min=0)) for step in steps if step.start < prompt]
+    decode = {step.start - prompt + 1: step for step in steps if step.start >= prompt}
+    for t in range(1, beams.shape[1]):
+        part = decode[t].rows(beams[:, t].clamp(min=0))
+        part.mask = part.mask & (beams[:, t] >= 0).to(part.mask.device)[:, None]
+        parts.append(part)
+    return RoutingTrace.cat(parts, prompt)
+
+
+def _after_stop(sequences: Tensor, steering: Steering, trace: RoutingTrace) -> Tensor:
+    """Slots of the answer behind a row's stop token: padding of rows that ended early."""
+    assert steering.prompt is not None
+    stops = torch.zeros_like(sequences, dtype=torch.bool)
+    if steering.stop_ids:
+        stops = torch.isin(sequences, torch.tensor(steering.stop_ids, device=sequences.device))
+    stops[:, : steering.prompt] = False
+    after = (stops.cumsum(1) - stops.long()) > 0
+    first = trace.start - steering.origin
+    return after[:, first : first + trace.ids.shape[2]].to(trace.mask.device)

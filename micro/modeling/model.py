@@ -1,0 +1,308 @@
+"""The headless model, and what both model classes share: initialisation, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.utils.generic import can_return_tuple
+
+from micro.modeling import keys
+from micro.modeling.block import MiCRoBlockLayer
+from micro.modeling.bound import BoundSteering
+from micro.modeling.cache import MiCRoCache, check_cache
+from micro.modeling.call import Call, Memo, attention_masks, rotary_tables
+from micro.modeling.config import MiCRoConfig
+from micro.modeling.ffn_block import MiCRoFFNLayer
+from micro.modeling.layers import RMSNorm, StackedLinear, StackedNorm
+from micro.modeling.outputs import MiCRoModelOutputWithPast
+from micro.modeling.router import MiCRoRouter, initialize_router
+from micro.modeling.steer import Steering
+from micro.modeling.trace import RoutingTrace
+
+
+class MiCRoPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving of MiCRo models."""
+
+    config_class = MiCRoConfig
+    config: MiCRoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiCRoBlockLayer", "MiCRoFFNLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (StackedNorm, RMSNorm)):
+            init.ones_(module.weight)
+        elif isinstance(module, MiCRoRouter):
+            initialize_router(module, str(self.config.router_init), std)
+        elif isinstance(module, (StackedLinear, nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    def reset_routers(self, generator: torch.Generator | None = None, rule: str | None = None) -> None:
+        """Draw all routers anew: rule "uniform" or "normal" (None: the config's), from ``generator`` (model.md 2.13)."""
+        rule = rule or str(self.config.router_init)
+        if rule not in ("uniform", "normal"):
+            raise ValueError(f'rule is {rule!r}, expected "uniform" or "normal"')
+        for module in self.modules():
+            if isinstance(module, MiCRoRouter):
+                for layer in (module.in_proj, module.out_proj):
+                    layer.weight._is_hf_initialized = False  # type: ignore[attr-defined]
+                initialize_router(module, rule, self.config.initializer_range, generator)
+
+    def named_expert_parameters(self, expert: int | str) -> Iterator[tuple[str, Tensor]]:
+        """(name, slice) of every parameter of one expert; the slices are views of the stacked parameters."""
+        from micro.modeling.controls import ExpertNames
+
+        index = ExpertNames(self.config).one(expert, "named_expert_parameters")
+        if index is None:
+            raise ValueError(f"named_expert_parameters: {expert!r} names no expert")
+        for name, parameter in self.named_parameters():
+            if ".blocks." in f".{name}":
+                yield name, parameter[index]
+
+    # ------------------------------------------------------------------ files
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write official key names, one tensor per expert, and the config; see ``transformers`` for the arguments."""
+        headless = not hasattr(self, "lm_head")
+        self.config.check()
+        # The loader keeps only the conversions it used; what is written is always the full official naming.
+        self._weight_conversions = keys.disk_mapping(self.config, prefix="" if headless else "model.")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in ``transformers``, but strict: names, shapes and dtype are compared by file headers before anything is
+        loaded, and ``dtype=None`` or "auto" is the dtype of the tensors, whatever the config says."""
+        want_info = kwargs.pop("output_loading_info", False)
+        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if folder is not None and kwargs.get("state_dict") is None:
+            config = kwargs.get("config")
+            if not isinstance(config, MiCRoConfig):
+                config = MiCRoConfig.from_pretrained(folder)
+            found = keys.check_folder(config, folder, head=cls._has_head())
+            dtype = found if dtype in (None, "auto") else dtype
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, dtype=dtype, **kwargs
+        )
+        _refuse_partial_load(pretrained_model_name_or_path, info, head=cls._has_head())
+        return (model, info) if want_info else model
+
+    @classmethod
+    def _has_head(cls) -> bool:
+        return not issubclass(cls, MiCRoModel)
+
+
+def _local_folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
+    """The folder whose files will be read, if it is on this disk."""
+    if path is None or not os.path.isdir(path) or kwargs.get("gguf_file"):
+        return None
+    return Path(path) / kwargs.get("subfolder", "")
+
+
+def _refuse_partial_load(path: Any, info: dict[str, Any], *, head: bool) -> None:
+    """transformers reports missing and unexpected tensors and goes on; here they are an error."""
+    problems = {name: set(info.get(name) or ()) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if not head:
+        problems["unexpected_keys"] -= {"lm_head.weight"}
+    if found := {name: sorted(map(str, values)) for name, values in problems.items() if values}:
+        raise ValueError(f"{path}: the weights do not fit the config: {found}")
+    if errors := info.get("error_msgs"):
+        raise ValueError(f"{path}: the weights could not be loaded: {errors}")
+
+
+class MiCRoModel(MiCRoPreTrainedModel):
+    """Embedding, L layers, final norm."""
+
+    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
+
+    def __init__(self, config: MiCRoConfig) -> None:
+        super().__init__(config)
+        padding = config.pad_token_id if config.freeze_pad_row else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
+        layer = MiCRoBlockLayer if config.is_block else MiCRoFFNLayer
+        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
+        olmo = config.backbone == "olmo2"
+        self.norm = RMSNorm(config.hidden_size, float(config.rms_norm_eps or 0), gain_in_float32=olmo)
+        self.gradient_checkpointing = False
+        # Where jitter draws its seeds from; None: torch's default CPU generator.
+        self.jitter_generator: torch.Generator | None = None
+        self.register_load_state_dict_pre_hook(keys.stack_official_keys)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        routing_labels: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+        route_by: str | None = None,
+        ablate: Any = None,
+        keep: Any = None,
+        bias: Any = None,
+        force: Any = None,
+        experts_per_token: int | None = None,
+        replay: RoutingTrace | None = None,
+        steering: Steering | None = None,
+        output_routing: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        raw_logits: bool = False,
+    ) -> MiCRoModelOutputWithPast:
+        """input_ids int64 [B,S] or inputs_embeds [B,S,H] -> hidden states [B,S,H] and the routing of every layer.
+
+        Arguments: interface.md 2. ``raw_logits=True`` runs the routers even where labels or force decide.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: MiCRo never forms attention matrices; there are none to return")
+        x = self._embed(input_ids, inputs_embeds)
+        steering = self._steering(
+            steering,
+            ablate=ablate,
+            keep=keep,
+            bias=bias,
+            force=force,
+            experts_per_token=experts_per_token,
+            routing_labels=routing_labels,
+            routing_weights=routing_weights,
+            route_by=route_by,
+            replay=replay,
+        )
+        call = self._call(x, attention_mask, position_ids, past_key_values, use_cache, steering.k)
+        bound = steering.bind(call.rows, call.slots, call.start, call.real, x.device)
+        everything = output_routing or raw_logits
+        x, records, hidden = self._run_layers(x, call, bound, everything, bool(output_hidden_states))
+        x = self.norm(x)
+        out = _collect(x, records, bound, call)
+        if output_hidden_states:
+            out.hidden_states = (*hidden, x)
+        if output_routing:
+            out.routing = self._trace(out, records, call)
+            if steering.trace is not None:
+                steering.trace.append(out.routing)
+        return out
+
+    # ------------------------------------------------------------------ parts of forward
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, exactly one of them")
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def _steering(self, steering: Steering | None, **controls: Any) -> Steering:
+        if steering is None:
+            return Steering.make(self.config, **controls)
+        if both := [name for name, value in controls.items() if value is not None]:
+            raise ValueError(f"steering is normalised already; do not also give {both}")
+        if not isinstance(steering, Steering):
+            raise TypeError(f"steering: expected a Steering, got {type(steering).__name__}")
+        if (steering.config.num_hidden_layers, steering.config.num_experts) != (
+            self.config.num_hidden_layers,
+            self.config.num_experts,
+        ):
+            raise ValueError("steering was made for a model with other layers or experts")
+        return steering
+
+    def _call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        k: int,
+    ) -> Call:
+        rows, slots, _ = x.shape
+        if self.gradient_checkpointing and self.training:
+            cache, use_cache = None, False  # a recomputed layer would append its keys a second time
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is not None:
+            check_cache(cache, self.config, rows)
+        elif use_cache:
+            cache = MiCRoCache(self.config)
+        start = 0 if cache is None else int(cache.get_seq_length())
+        attention, real = attention_masks(mask, rows, slots, start)
+        tokens = torch.arange(rows * slots, dtype=torch.int32, device=x.device)
+        if positions is None:
+            flat = torch.arange(start, start + slots, device=x.device).repeat(rows)
+        else:
+            flat = positions.to(x.device).expand(rows, slots).reshape(-1)
+        cos, sin = rotary_tables(self.config, flat, x.dtype)
+        whole = torch.tensor([0, rows * slots], dtype=torch.int32, device=x.device)
+        return Call(rows, slots, start, k, self.config.weight_rule, attention, real, cos, sin, cache, tokens, whole)
+
+    def _run_layers(
+        self, x: Tensor, call: Call, bound: BoundSteering, raw: bool, keep_hidden: bool
+    ) -> tuple[Tensor, list[tuple[Any, ...]], list[Tensor]]:
+        checkpointed = self.gradient_checkpointing and self.training
+        noise = float(self.config.jitter_noise) if self.training else 0.0
+        records, hidden = [], []
+        for index, layer in enumerate(self.layers):
+            if keep_hidden:
+                hidden.append(x)
+            controls = bound.layer(index)
+            controls.run_router = controls.run_router or raw
+            controls.memo = Memo() if checkpointed else None
+            if noise:
+                controls.jitter, controls.jitter_seed = noise, self._jitter_seed()
+            x, *record = layer(x, bound.bias(index), call=call, controls=controls)
+            records.append(tuple(record))
+        return x, records, hidden
+
+    def _jitter_seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self.jitter_generator))
+
+    def _trace(self, out: MiCRoModelOutputWithPast, records: list[tuple[Any, ...]], call: Call) -> RoutingTrace:
+        """The trace of this call; statistics and graphs are not kept alive by it."""
+        shape = (len(records), call.rows, call.slots, -1)
+        assert out.router_logits is not None and out.router_probs is not None and out.raw_router_logits is not None
+        stacks = {
+            "ids": [record[3] for record in records],
+            "weights": [record[4] for record in records],
+            "probs": out.router_probs,
+            "logits": out.router_logits,
+            "raw_logits": [torch.as_tensor(raw) for raw in out.raw_router_logits],
+        }
+        tensors = {name: torch.stack(list(parts)).detach().view(shape) for name, parts in stacks.items()}
+        tensors["raw_logits"] = tensors["raw_logits"].to(tensors["probs"].dtype)
+        real = torch.ones(call.rows * call.slots, dtype=torch.bool, device=call.cos.device)
+        mask = (real if call.real is None else call.real).view(call.rows, call.slots)
+        names = list(self.config.expert_names or [])
+        return RoutingTrace(**tensors, mask=mask, start=call.start, prompt_length=call.length, expert_names=names)
+
+
+def _collect(x: Tensor, records: list[tuple[Any, ...]], bound: BoundSteering, call: Call) -> MiCRoModelOutputWithPast:
+    """Per-layer records as the model's output; where the router decided nothing, the rows that did are reported."""
+    logits, probs, raw, ids = [], [], [], []
+    for index, (effective, own, p, chosen, _) in enumerate(records):
+        reported = bound.reported(index)
+        logits.append(effective if reported is None else reported[0])
+        probs.append(p if reported is None else reported[1])
+        raw.append(own)
+        ids.append(chosen)
+    return MiCRoModelOutputWithPast(
+        last_hidden_state=x,
+        past_key_values=call.cache,
+        router_logits=tuple(logits),
+        router_probs=tuple(probs),
+        raw_router_logits=tuple(raw),
+        expert_ids=tuple(ids),
+        routing_labels=bound.labels,
+        real=call.real,
+    )

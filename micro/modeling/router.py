@@ -1,0 +1,55 @@
+"""The router: two linear maps without bias and without a nonlinearity between them (model.md 2.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from micro.modeling.config import MiCRoConfig
+
+
+class MiCRoRouter(nn.Module):
+    """Scores of the experts. Input: the raw block input (whole-block experts) or the FFN input (FFN experts).
+
+    ``numerics="fast"`` folds the two matrices into one [E,H] map when no gradient is wanted: exact algebra, another
+    rounding, so near-ties may flip (performance.md 9.1).
+    """
+
+    def __init__(self, config: MiCRoConfig) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, int(config.router_hidden_size or 0), bias=False)
+        self.out_proj = nn.Linear(int(config.router_hidden_size or 0), config.num_experts, bias=False)
+        self.fold = config.numerics == "fast"
+        self._folded: tuple[tuple[object, ...], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T,H] -> logits [T,E] in the model dtype (fast numerics without gradient: float32)."""
+        if self.fold and not torch.is_grad_enabled() and self._foldable():
+            weight = self._folded_weight()
+            return nn.functional.linear(x.to(weight.dtype), weight)
+        return self.out_proj(self.in_proj(x))
+
+    def _foldable(self) -> bool:
+        """An adapter or hook on one of the two maps must run, so only plain maps are folded."""
+        return all(type(m) is nn.Linear and not m._forward_hooks for m in (self.in_proj, self.out_proj))
+
+    def _folded_weight(self) -> Tensor:
+        weights = (self.in_proj.weight, self.out_proj.weight)
+        key = tuple((w.data_ptr(), w._version if not w.is_inference() else None, w.dtype, w.device) for w in weights)
+        if self._folded is None or self._folded[0] != key:
+            wide = torch.promote_types(weights[0].dtype, torch.float32)
+            self._folded = (key, weights[1].detach().to(wide) @ weights[0].detach().to(wide))
+        return self._folded[1]
+
+
+@torch.no_grad()
+def initialize_router(router: MiCRoRouter, rule: str, std: float, generator: torch.Generator | None = None) -> None:
+    """Random start of a router (model.md 2.13): ``uniform`` +-1/sqrt(fan-in), torch's default for linear layers, or
+    ``normal`` with standard deviation ``std``. Parameters that a loader has filled are left alone."""
+    for layer in (router.in_proj, router.out_proj):
+        if rule == "uniform":
+            bound = layer.in_features**-0.5
+            init.uniform_(layer.weight, -bound, bound, generator=generator)
+        else:
+            init.normal_(layer.weight, 0.0, std, generator=generator)
