@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from micro.errors import require
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -57,13 +59,10 @@ def tiny_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 512) ->
         raise ValueError(
             f"tiny_tokenizer: vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}"
         )
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-        from transformers import PreTrainedTokenizerFast
-    except ImportError as error:
-        raise ImportError(
-            "tiny_tokenizer needs transformers and tokenizers: pip install 'micro-reasoners[hf]'"
-        ) from error
+    for module in ("tokenizers", "transformers"):
+        require(module, "hf", "tiny_tokenizer")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,0 +1,61 @@
+"""Records and conversations as Hugging Face data sets of encoded rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from micro.data.chat import Chat, encode_conversation
+from micro.data.encoding import encode_record, resolve_options
+from micro.data.records import DataWarning, Record
+from micro.errors import require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+# What the counter of `encode` calls a row that is kept; the other names are findings.
+_KEPT = "encoded"
+
+
+def encode_all(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, **encode_options: Any
+) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """The rows that `encode` keeps, and its counts."""
+    options, counts = resolve_options(**encode_options), Counter[str]()
+    rows = (encode_record(record, tokenizer, options, counts) for record in records)
+    return [row for row in rows if row is not None], counts
+
+
+def encode_all_chats(
+    chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, **encode_options: Any
+) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """The rows that `encode_chat` keeps, and its counts."""
+    options, counts = resolve_options(**encode_options), Counter[str]()
+    rows = (encode_conversation(chat, tokenizer, options, counts) for chat in chats)
+    return [row for row in rows if row is not None], counts
+
+
+def to_dataset(records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, **encode_options: Any) -> Dataset:
+    """A `datasets.Dataset` with one encoded row per kept record; options as in :func:`micro.data.encode`.
+
+    Dropped and truncated rows are counted in a DataWarning. ValueError if no row is left.
+    """
+    return _dataset(*encode_all(records, tokenizer, **encode_options))
+
+
+def chat_to_dataset(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, **encode_options: Any) -> Dataset:
+    """The same for conversations: rows without routing labels."""
+    return _dataset(*encode_all_chats(chats, tokenizer, **encode_options))
+
+
+def _dataset(rows: list[dict[str, list[int]]], counts: Counter[str]) -> Dataset:
+    datasets = require("datasets", "hf", "to_dataset")
+    found = ", ".join(f"{name} {count}" for name, count in counts.items() if name != _KEPT and count)
+    if not rows:
+        raise ValueError(f"to_dataset: no row is left to train on ({found or 'there were no records'})")
+    if found:
+        warnings.warn(f"to_dataset: {counts[_KEPT]} rows encoded; {found}", DataWarning, stacklevel=3)
+    return datasets.Dataset.from_list(rows)
