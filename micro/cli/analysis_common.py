@@ -17,8 +17,8 @@ def load_model(folder: Path) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder}: no tokenizer in this folder; copy tokenizer.json, tokenizer_config.json and chat_template.jinja "
-            "of the backbone there"
+            f"{folder}: no tokenizer in this folder; copy tokenizer.json, tokenizer_config.json and "
+            "chat_template.jinja of the backbone there"
         ) from error
 
 

@@ -36,7 +36,7 @@ def demo(
     for verdict in verdicts(result):
         typer.echo(f"{'HOLDS' if verdict.holds else 'DOES NOT HOLD'}: {verdict.claim}")
     typer.echo(
-        f"bag-of-words classifier on the same held-out words: {result.baseline['token_accuracy']:.3f}; "
+        f"bag-of-words classifier on the same held-out words: {result.baseline['word_accuracy']:.3f}; "
         f"peak memory {result.peak_memory_gb:.1f} GB; {sum(result.seconds.values()) / 60:.1f} minutes"
     )
     typer.echo(f"report: {output / 'report.html'}")

@@ -43,7 +43,8 @@ def report(
             page.html(figure_html(loss_figure(lines), f"Loss, {path.relative_to(folder)}"))
     if not found:
         raise ValueError(
-            f"{folder}: no routing.json, ablation.json or metrics.jsonl below it; run micro route, ablate or train first"
+            f"{folder}: no routing.json, ablation.json or metrics.jsonl below it; "
+            "run micro route, ablate or train first"
         )
     target = output or folder / "report.html"
     page.write(target)

@@ -39,7 +39,7 @@ def _claims(page: Page, result: DemoResult) -> None:
     for verdict in verdicts(result):
         page.verdict(verdict.holds, verdict.claim)
     page.text(
-        f"A bag-of-words classifier trained on the training templates labels {result.baseline['token_accuracy']:.3f} "
+        f"A bag-of-words classifier trained on the training templates labels {result.baseline['word_accuracy']:.3f} "
         "of the held-out words like their span (balanced over labels). It stands here for comparison, not as a bar.",
         quiet=True,
     )

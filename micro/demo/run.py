@@ -118,8 +118,7 @@ def _step(result: DemoResult, name: str, say: Callable[[str], None]) -> Iterator
 
 
 def _make_data(plan: DemoPlan, folder: Path, seed: int, result: DemoResult, say: Callable[[str], None]) -> list[Record]:
-    from micro.data import generate, generate_chat, save_chat, save_records
-    from micro.data.baseline import bag_of_words_accuracy
+    from micro.data import bag_of_words_baseline, generate, generate_chat, save_chat, save_records
 
     folder.mkdir(parents=True, exist_ok=True)
     train = generate(plan.train_records, split="train", seed=seed)
@@ -127,7 +126,7 @@ def _make_data(plan: DemoPlan, folder: Path, seed: int, result: DemoResult, say:
     save_records(train, folder / "train.jsonl")
     save_records(test, folder / "test.jsonl")
     save_chat(generate_chat(plan.chat_records, seed=seed + 2), folder / "chat.jsonl")
-    result.baseline = bag_of_words_accuracy(train, test)
+    result.baseline = bag_of_words_baseline(train, test).to_json()
     say(f"data: {len(train)} training answers, {len(test)} answers from held-out templates, {plan.chat_records} chats")
     return test
 
@@ -160,6 +159,8 @@ def _train(plan: DemoPlan, backbone: str, output: Path, result: DemoResult, *, c
     trained = run(
         plan.recipe(backbone, output / "data", control=control, seed=seed), output_dir=folder, resume=folder.exists()
     )
+    if trained.model_dir is None:  # Ctrl-C: training has saved its place
+        raise KeyboardInterrupt
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     result.metrics["random labels" if control else "MiCRo"] = [json.loads(line) for line in lines if line.strip()]
     return Path(trained.model_dir)
