@@ -11,6 +11,7 @@ import numpy as np
 from micro.analysis.batches import IGNORED, batches, encoded, shifted, token_losses
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, ratio
+from micro.progress import track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,20 +162,12 @@ def ablation(
     was_training = model.training
     model.eval()
     try:
-        scores = [suite.score(model, controls) for suite, _, controls in _shown(work, progress)]
+        scores = [suite.score(model, controls) for suite, _, controls in track(work, "ablation", enabled=progress)]
     finally:
         model.train(was_training)
     for i, suite in enumerate(several):
         _add_rows(report, suite, scores[i * len(conditions) : (i + 1) * len(conditions)], seed)
     return report
-
-
-def _shown(items: list[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from micro.progress import track
-
-    return track(items, total=len(items), description="ablation")
 
 
 def _add_rows(report: AblationReport, suite: Suite, scores: list[tuple[Array, Array]], seed: int) -> None:

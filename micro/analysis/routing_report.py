@@ -14,6 +14,7 @@ from micro.analysis.batches import IGNORED, batches, encoded, shifted
 from micro.analysis.counting import counted_layers, entropy
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, ratio
+from micro.progress import track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,10 +170,11 @@ def routing(
     rows, labelled = _rows(data, tokenizer, encode_options or {})
     experts = model.config.num_experts
     counts = _Counts.zeros(len(data), model.config.num_hidden_layers, experts)
+    work = list(batches(rows, tokenizer, max_tokens=max_tokens))
     was_training = model.training
     model.eval()
     try:
-        for records, batch in _shown(list(batches(rows, tokenizer, max_tokens=max_tokens)), progress):
+        for records, batch in track(work, "routing", unit="batches", enabled=progress):
             trace = model.model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -203,14 +205,6 @@ def _rows(data: Sequence[Any], tokenizer: Any, options: dict[str, Any]) -> tuple
     if not out:
         raise ValueError("analysis.routing: every text has fewer than two tokens")
     return out, False
-
-
-def _shown(items: list[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from micro.progress import track
-
-    return track(items, total=len(items), description="routing")
 
 
 def _balanced(confusion: Array) -> Array:
