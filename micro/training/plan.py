@@ -1,0 +1,257 @@
+"""What a run is going to cost, before it starts: parameters per group, steps, tokens, memory, disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .recipe import Recipe, ResolvedStage, parse_save_every
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .sources import StageData
+
+GROUPS = ("embedding", "head", "final norm", "routers", "experts", "shared layers")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. tokens: real tokens that are visited, padding apart; targets: those of them that are trained on.
+
+    memory: bytes by part, for the longest micro batch; checkpoint_bytes: one checkpoint with its optimizer state;
+    checkpoints: how many of them stand on disk at a time.
+    """
+
+    name: str
+    trainable: dict[str, int]
+    trainable_total: int
+    rows: int
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    tokens: int
+    targets: int
+    longest: int
+    memory: dict[str, int]
+    checkpoint_bytes: int
+    checkpoints: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts. disk: bytes that its folder needs at most at any time."""
+
+    name: str
+    parameters: dict[str, int]
+    parameters_total: int
+    precision: str
+    processes: int
+    stages: list[StagePlan]
+    disk: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json and run.json."""
+        return asdict(self)
+
+    def tables(self) -> list[RenderableType]:
+        """Two rich tables: what trains, and what it costs."""
+        return [self._groups(), self._stages()]
+
+    def _groups(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(title=f"{self.name}: trainable parameters")
+        table.add_column("group")
+        table.add_column("parameters", justify="right")
+        for stage in self.stages:
+            table.add_column(stage.name, justify="right")
+        for group, count in self.parameters.items():
+            table.add_row(
+                group, f"{count:,}", *(_trained(stage.trainable.get(group, 0), count) for stage in self.stages)
+            )
+        table.add_section()
+        table.add_row("all", f"{self.parameters_total:,}", *(f"{stage.trainable_total:,}" for stage in self.stages))
+        return table
+
+    def _stages(self) -> RenderableType:
+        from rich.table import Table
+
+        table = Table(title=f"cost ({self.precision}, {self.processes} process{'es' if self.processes > 1 else ''})")
+        table.add_column("stage")
+        for name in ("rows", "steps", "batch", "longest row", "tokens", "targets", "memory (estimate)", "checkpoints"):
+            table.add_column(name, justify="right")
+        for stage in self.stages:
+            table.add_row(
+                stage.name,
+                f"{stage.rows:,}",
+                f"{stage.steps:,}",
+                f"{stage.batch_size} = {stage.batch_size // (stage.micro_batch_size * self.processes)} x "
+                f"{stage.micro_batch_size}{f' x {self.processes}' if self.processes > 1 else ''}",
+                f"{stage.longest:,}",
+                f"{stage.tokens:,}",
+                f"{stage.targets:,}",
+                size(stage.memory["total"]),
+                f"{stage.checkpoints} x {size(stage.checkpoint_bytes)}",
+            )
+        table.caption = f"disk needed: {size(self.disk)}"
+        return table
+
+
+def make_plan(
+    recipe: Recipe,
+    model: Any,
+    stages: list[ResolvedStage],
+    data: list[StageData],
+    trains: list[Callable[[str], bool]],
+    processes: int,
+) -> Plan:
+    """The plan of a run. trains[i](name): whether stage i trains a parameter.
+
+    Errors: ValueError for a stage that trains nothing, and for batch sizes that the processes cannot share.
+    """
+    groups: dict[str, int] = dict.fromkeys(GROUPS, 0)
+    for name, parameter in model.named_parameters():
+        groups[group_of(name)] += parameter.numel()
+    plans = [
+        _stage_plan(recipe, model, stage, rows, trained, processes)
+        for stage, rows, trained in zip(stages, data, trains, strict=True)
+    ]
+    weights = _weight_bytes(model)
+    models = len(stages) if recipe.keep_stage_models else min(2, len(stages))
+    # One checkpoint more than is kept stands on disk while it is written.
+    saved = [p.checkpoint_bytes * (p.checkpoints + 1) if p.checkpoints else 0 for p in plans]
+    return Plan(
+        name=recipe.name or "run",
+        parameters={name: count for name, count in groups.items() if count},
+        parameters_total=sum(groups.values()),
+        precision=recipe.precision,
+        processes=processes,
+        stages=plans,
+        disk=models * weights + sum(saved),
+    )
+
+
+def _stage_plan(
+    recipe: Recipe, model: Any, stage: ResolvedStage, data: StageData, trains: Callable[[str], bool], processes: int
+) -> StagePlan:
+    if stage.batch_size % (stage.micro_batch_size * processes):
+        raise ValueError(
+            f"stage {stage.name!r}: batch_size {stage.batch_size} is no multiple of micro_batch_size "
+            f"{stage.micro_batch_size} times {processes} processes"
+        )
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if trains(name):
+            trained[group_of(name)] = trained.get(group_of(name), 0) + parameter.numel()
+    total = sum(trained.values())
+    if not total:
+        raise ValueError(f"stage {stage.name!r} trains nothing: trainable: {stage.trainable} matches no parameter")
+    rows, steps = len(data.rows), count_steps(stage, len(data.rows))
+    visits = stage.epochs if stage.epochs else steps * stage.batch_size / rows
+    longest = int(data.rows.lengths.max())
+    memory = _memory(recipe, model, stage, total, longest)
+    return StagePlan(
+        name=stage.name,
+        trainable=trained,
+        trainable_total=total,
+        rows=rows,
+        steps=steps,
+        batch_size=stage.batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        tokens=round(data.rows.tokens * visits),
+        targets=round(data.rows.targets * visits),
+        longest=longest,
+        memory=memory,
+        checkpoint_bytes=memory["weights"] + memory["optimizer"],
+        checkpoints=_checkpoints(recipe, stage, steps),
+    )
+
+
+def _memory(recipe: Recipe, model: Any, stage: ResolvedStage, trained: int, longest: int) -> dict[str, int]:
+    """Bytes of one training step by part (performance.md 4.4)."""
+    from micro import estimate
+
+    shape = estimate.shape_of(model)
+    if shape.kind != "dense":
+        shape = replace(shape, K=stage.experts_per_token)
+    narrow = recipe.precision == "bfloat16"
+    width = 2 if narrow else 4
+    tokens = stage.micro_batch_size * longest
+    parts = {
+        "weights": _weight_bytes(model),
+        "gradients": trained * width,
+        "optimizer": trained * (12 if narrow else 8),
+        "activations": estimate.activation_bytes(
+            shape, tokens, "float32" if width == 4 else "bfloat16", checkpointing=recipe.gradient_checkpointing
+        ),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _weight_bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _checkpoints(recipe: Recipe, stage: ResolvedStage, steps: int) -> int:
+    """How many checkpoints of a stage stand on disk at a time; none is written at the last step."""
+    every = parse_save_every(recipe.save_every)
+    if every is None:
+        return 0
+    kind, amount = every
+    if kind == "seconds":
+        return recipe.keep_last
+    if kind == "epoch":
+        made = (stage.epochs or 1) - 1
+    else:
+        made = (steps - 1) // int(amount if kind == "steps" else max(1, math.ceil(amount * steps)))
+    return min(made, recipe.keep_last)
+
+
+def count_steps(stage: ResolvedStage, rows: int) -> int:
+    """Optimizer steps of a stage; an incomplete last window of an epoch is a step too (model.md 6.3)."""
+    return stage.max_steps or (stage.epochs or 1) * math.ceil(rows / stage.batch_size)
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """Refuse a run whose folder will not fit. Errors: ValueError with both numbers."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if plan.disk > free:
+        raise ValueError(
+            f"{folder}: the run needs {size(plan.disk)} on disk and {size(free)} are free: save less often (save_every), "
+            "keep fewer checkpoints (keep_last), or set keep_stage_models=false"
+        )
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, by its in-memory name."""
+    if ".router." in name:
+        return "routers"
+    if ".blocks." in name:
+        return "experts"
+    if "embed_tokens" in name:
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "head"
+    return "shared layers" if ".layers." in f".{name}" else "final norm"
+
+
+def _trained(count: int, total: int) -> str:
+    return "frozen" if not count else "trains" if count == total else f"{count:,}"
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.9 GB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
