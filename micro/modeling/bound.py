@@ -17,10 +17,11 @@ class BoundSteering:
     """``layer(l)`` gives what layer l needs, ``bias(l)`` its bias. Everything is checked at construction."""
 
     def __init__(
-        self, steering: Steering, rows: int, slots: int, start: int, real: Tensor | None, device: torch.device
+        self, steering: Steering, rows: int, slots: int, start: int, real: Tensor | None, like: Tensor
     ) -> None:
         self.steering, self.rows, self.slots, self.start = steering, rows, slots, start
-        self.real, self.device, self.num_experts = real, device, steering.config.num_experts
+        self.real, self.device, self.num_experts = real, like.device, steering.config.num_experts
+        self._wide = torch.promote_types(like.dtype, torch.float32)
         self._ablate: Tensor | None = None
         self._bias: Tensor | None = None
         self._force: Tensor | None = None
@@ -86,7 +87,7 @@ class BoundSteering:
         """One-hot rows [B|1,L|1,S|1,E] if every token of every layer is forced."""
         if self._force is None or self._replay is not None or self.steering.by_labels or bool((self._force < 0).any()):
             return None
-        return F.one_hot(self._force, self.num_experts).float()
+        return F.one_hot(self._force, self.num_experts).to(self._wide)
 
     # ------------------------------------------------------------------ windows of the controls
     def _span(self) -> tuple[int, int]:
@@ -167,18 +168,18 @@ class BoundSteering:
         return real if inside is None else real & inside
 
     def _given_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Rows used in place of probabilities [T,E] float32 (float64 if given so), and where [T] (None = everywhere)."""
+        """Rows used in place of probabilities [T,E], and where [T] (None = everywhere)."""
         steering = self.steering
         if not steering.by_labels:
             return None, None
         if steering.weights is not None:
             rows, inside = self._slots_of(steering.weights, steering.weights.dim() == 2, "routing_weights")
             self._check_rows(rows, inside)
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            rows = rows.to(self._wide)
         else:
             assert self.labels is not None
             inside = self._label_mask()
-            rows = F.one_hot(self.labels.clamp(min=0), self.num_experts).float()
+            rows = F.one_hot(self.labels.clamp(min=0), self.num_experts).to(self._wide)
         if inside is not None and not bool(inside.any()):
             return None, None
         if self.real is not None and steering.weights is not None:

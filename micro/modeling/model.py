@@ -19,6 +19,7 @@ from micro.modeling.block import MiCRoBlockLayer
 from micro.modeling.bound import BoundSteering
 from micro.modeling.cache import MiCRoCache, check_cache
 from micro.modeling.call import Call, Memo, attention_masks, rotary_tables
+from micro.modeling.companions import UpcycleReceipt, read_companions, receipt_of, write_companions
 from micro.modeling.config import MiCRoConfig
 from micro.modeling.ffn_block import MiCRoFFNLayer
 from micro.modeling.layers import RMSNorm, StackedLinear, StackedNorm
@@ -38,6 +39,9 @@ class MiCRoPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MiCRoBlockLayer", "MiCRoFFNLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    # Tokenizer and licence files, and the receipt of upcycling, as they were read; saved with the model.
+    companions: dict[str, bytes] = {}
+    upcycle_receipt: UpcycleReceipt | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -79,6 +83,7 @@ class MiCRoPreTrainedModel(PreTrainedModel):
         # The loader keeps only the conversions it used; what is written is always the full official naming.
         self._weight_conversions = keys.disk_mapping(self.config, prefix="" if headless else "model.")
         super().save_pretrained(save_directory, *args, **kwargs)
+        write_companions(self.companions, save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -97,6 +102,9 @@ class MiCRoPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *args, output_loading_info=True, dtype=dtype, **kwargs
         )
         _refuse_partial_load(pretrained_model_name_or_path, info, head=cls._has_head())
+        if folder is not None:
+            model.companions = read_companions(folder)
+            model.upcycle_receipt = receipt_of(model.companions)
         return (model, info) if want_info else model
 
     @classmethod
@@ -185,7 +193,7 @@ class MiCRoModel(MiCRoPreTrainedModel):
             replay=replay,
         )
         call = self._call(x, attention_mask, position_ids, past_key_values, use_cache, steering.k)
-        bound = steering.bind(call.rows, call.slots, call.start, call.real, x.device)
+        bound = steering.bind(call.rows, call.slots, call.start, call.real, x)
         everything = output_routing or raw_logits
         x, records, hidden = self._run_layers(x, call, bound, everything, bool(output_hidden_states))
         x = self.norm(x)

@@ -114,12 +114,12 @@ class Steering:
         )
 
     # ------------------------------------------------------------------ binding
-    def bind(self, rows: int, slots: int, start: int, real: Tensor | None, device: torch.device) -> BoundSteering:
-        """The controls for B rows of S slots from absolute slot ``start`` on; real bool [B*S] or None. Raises for every
-        contradiction at a real slot, before anything is computed (model.md 4.4)."""
+    def bind(self, rows: int, slots: int, start: int, real: Tensor | None, like: Tensor) -> BoundSteering:
+        """The controls for B rows of S slots from absolute slot ``start`` on; real bool [B*S] or None; device and dtype
+        as ``like``. Raises for every contradiction at a real slot, before anything is computed (model.md 4.4)."""
         from micro.modeling.bound import BoundSteering
 
-        return BoundSteering(self, rows, slots, start, None if real is None else real.view(rows, slots), device)
+        return BoundSteering(self, rows, slots, start, None if real is None else real.view(rows, slots), like)
 
     def step_reader(self, rows: int) -> StepReader:
         """Evaluator of callable controls, kept for the whole ``generate``."""
