@@ -9,7 +9,196 @@ import torch
 from torch import Tensor
 
 from micro import _native  # noqa: F401  (loads libmicro, which registers torch.ops.micro)
+from micro.experts import Plan, Routing
 from micro.testing.reference import *  # noqa: F403  (bridge: what the core does not have yet)
+
+
+def route(
+    logits: Tensor | None,
+    k: int,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    ablate: Tensor | None = None,
+    force: Tensor | None = None,
+    replay: Tensor | None = None,
+    weight_rule: str = "renormalized",
+) -> Routing:
+    """Router logits to a routing decision, with steering.
+
+    ``p = softmax(logits + bias)`` with ``-inf`` where ablated; the ``k`` largest, of equal ones the lower id; their
+    weights. Softmax, selection and weights are computed in float32 (float64 for float64).
+
+    Args:
+        logits: ``[T, E]``, float32, float64 or bfloat16. ``None`` only together with ``rows``.
+        k: experts per token, ``1 .. E``.
+        rows: ``[T, E]`` floating, finite, not negative, positive sum: taken in place of the softmax, without gradient.
+            They win over everything below.
+        bias: ``[T | 1, E]`` float32 or float64, added to the logits. Differentiable.
+        ablate: ``[T | 1, E]`` bool, the logit becomes ``-inf``.
+        force: ``[T | 1]`` int32, the expert the token goes to; ``-1``: free. Wins over bias and ablation.
+        replay: ``[T, K]`` int32, ids to take as they are; their weights are computed anew.
+        weight_rule: ``renormalized`` (``q / sum q``; its gradient in closed form, exactly 0 for ``k = 1`` in float32),
+            ``probability`` (``q``) or ``straight_through`` (``q / sum q`` with the gradient of ``q``).
+
+    Returns:
+        ids int32 ``[T, K]``, weights ``[T, K]`` in the dtype of the logits, probs and effective logits ``[T, E]``. NaN
+        ranks below ``-inf``; a row without a number gives ids ``0, 1, ..`` and NaN weights. Differentiable once, from
+        weights, probs and effective to logits and bias; 0 at ablated experts and for forced tokens.
+
+    Raises:
+        ValueError: a shape, device, id, ``k`` or the rule does not fit.
+        TypeError: a dtype does not.
+
+    Source: model.md 2.3, 2.10, 4.3; MiCRo, token-level router; ``probability``: Fedus et al. (2022), Switch.
+    """
+    return Routing(*torch.ops.micro.route(logits, k, rows, bias, ablate, force, replay, weight_rule))
+
+
+def plan(ids: Tensor, num_experts: int, weights: Tensor | None = None, mask: Tensor | None = None) -> Plan:
+    """Routed pairs sorted by expert: a stable counting sort, so tokens of one expert stay in slot order.
+
+    Args:
+        ids: ``[T, K]`` int32, in ``0 .. num_experts - 1``.
+        num_experts: ``E``.
+        weights: ``[T, K]``, float32, float64 or bfloat16: pairs of weight 0 are idle.
+        mask: ``[T]`` bool, False at padded tokens: their pairs are idle.
+
+    Returns:
+        tokens and experts int32 ``[N]``, offsets int32 ``[E + 1]``, inverse int32 ``[T, K]``; ``N = T * K`` whatever
+        the ids are. Idle pairs stand at rows ``n >= offsets[E]``. No gradient.
+
+    Raises:
+        ValueError: a shape or device does not fit, or an id lies outside ``[0, E)``.
+        TypeError: a dtype does not.
+
+    Source: model.md 2.8; the sorted layout of MegaBlocks, Gale et al. (2023).
+    """
+    return Plan(*torch.ops.micro.plan(ids, num_experts, weights, mask))
+
+
+def permute(x: Tensor, tokens: Tensor, offsets: Tensor, inverse: Tensor) -> Tensor:
+    """Token rows in plan order: ``x[tokens]``, 0 for idle rows.
+
+    Args:
+        x: ``[T, H]``, float32, float64 or bfloat16.
+        tokens, offsets, inverse: of a plan over the T tokens.
+
+    Returns:
+        ``[N, H]``. Differentiable once, in ``x``: a token's K rows are added by rank, in float32 (float64 for
+        float64), and rounded once.
+
+    Raises:
+        ValueError: a shape, device or index does not fit.
+        TypeError: a dtype does not.
+    """
+    result: Tensor = torch.ops.micro.permute(x, tokens, offsets, inverse)
+    return result
+
+
+def combine(y: Tensor, weights: Tensor, experts: Tensor, offsets: Tensor, inverse: Tensor) -> Tensor:
+    """Weighted sum of a token's expert outputs, back in token order.
+
+    ``out[t] = sum_i y[inverse[t, i]] * weights[t, i]``, experts ascending, from 0; each product and each sum is rounded
+    to the dtype of ``y``. Idle pairs add nothing.
+
+    Args:
+        y: ``[N, H]`` in plan order, float32, float64 or bfloat16.
+        weights: ``[T, K]``, any floating dtype, rounded to that of ``y`` before use.
+        experts, offsets, inverse: of the plan.
+
+    Returns:
+        ``[T, H]``. Differentiable once, in ``y`` and ``weights``; idle pairs get exactly 0.
+
+    Raises:
+        ValueError: a shape, device or index does not fit.
+        TypeError: a dtype does not.
+
+    Source: model.md 2.8.
+    """
+    result: Tensor = torch.ops.micro.combine(y, weights, experts, offsets, inverse)
+    return result
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None = None) -> Tensor:
+    """``f[i] = 1 / theta ** (2 * i / D)``, in this order, in float32.
+
+    Args:
+        head_dim: ``D``, even.
+        theta: the base, positive.
+        scaling: ``(factor, low, high, old context)`` of Llama 3: wavelengths below ``context / high`` stay, above
+            ``context / low`` are divided by ``factor``, in between they are blended.
+
+    Returns:
+        ``[D / 2]`` float32 on the CPU.
+
+    Raises:
+        ValueError: ``head_dim`` is odd, or a number is not positive.
+
+    Source: Su et al. (2021); Llama 3.1 (Grattafiori et al. 2024); model.md 2.2.
+    """
+    result: Tensor = torch.ops.micro.rope_frequencies(head_dim, theta, scaling)
+    return result
+
+
+def rope_table(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of ``position * frequency``, all in float32.
+
+    Args:
+        position_ids: ``[P]`` int64.
+        frequencies: ``[D / 2]`` float32, on the same device.
+
+    Returns:
+        Two tensors ``[P, D / 2]`` float32. Round them to the model dtype where the family does so (Llama).
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype does not.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.micro.rope_table(position_ids, frequencies)
+    return result
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Rotary position embedding, half-split pairing.
+
+    ``(x[i], x[i + D/2]) -> (x[i] * cos - x[i + D/2] * sin, x[i + D/2] * cos + x[i] * sin)``
+
+    Args:
+        x: ``[..., T, heads, D]``, or ``[N, heads, D]`` with ``tokens``; float32, float64 or bfloat16.
+        cos, sin: ``[T, D / 2]`` float32 or float64, constants.
+        tokens: ``[N]`` int32, the table row of each row of ``x``.
+
+    Returns:
+        A tensor like ``x``, computed in float32 (float64 for float64) and rounded once. Differentiable once, in ``x``.
+
+    Raises:
+        ValueError: a shape, device or token does not fit.
+        TypeError: a dtype does not.
+
+    Source: Su et al. (2021), equation 34, with the pairing of GPT-NeoX and Llama; model.md 2.2.
+    """
+    result: Tensor = torch.ops.micro.rope(x, cos, sin, tokens)
+    return result
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``gate * sigmoid(gate) * up``, computed in float32 (float64 for float64) and rounded once.
+
+    Args:
+        gate, up: ``[...]``, same shape, dtype (float32, float64, bfloat16) and device.
+
+    Returns:
+        A tensor like ``gate``. Differentiable once; the backward keeps only the two inputs.
+
+    Raises:
+        ValueError: shapes or devices differ.
+        TypeError: a dtype does not fit.
+
+    Source: Shazeer (2020), SwiGLU.
+    """
+    result: Tensor = torch.ops.micro.swiglu(gate, up)
+    return result
 
 
 def rms_norm(
@@ -226,3 +415,99 @@ def adamw_step(
         weight_decay=weight_decay,
         gradient_scale=gradient_scale,
     )
+
+
+def expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """One weight matrix per expert, rows in plan order.
+
+    ``y[n] = weight[e] @ x[n]`` for ``offsets[e] <= n < offsets[e + 1]``
+
+    Args:
+        x: ``[N, in]``, float32, float64 or bfloat16.
+        weight: ``[E, out, in]``, same dtype and device as ``x``. With ``E = 1`` and offsets ``[0, N]`` this is a plain
+            linear map that is fast for one row, such as a head.
+        offsets: ``[E + 1]`` int32, ascending from 0 to at most ``N`` (``plan().offsets``).
+
+    Returns:
+        ``[N, out]``; rows at ``n >= offsets[E]`` are 0. Differentiable once, in ``x`` and ``weight``; an expert without
+        rows gets a zero gradient.
+
+    Raises:
+        ValueError: a shape, device or offset does not fit.
+        TypeError: a dtype does not.
+
+    Source: MiCRo, expert blocks (model.md 2.6).
+    """
+    result: Tensor = torch.ops.micro.expert_linear(x, weight, offsets)
+    return result
+
+
+def stacked_linear(x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Every token through every expert that is used: keys and values.
+
+    ``y[e, t] = weight[e] @ x[e, t]``
+
+    Args:
+        x: ``[E, T, in]``, or ``[1, T, in]`` which every expert reads; float32, float64 or bfloat16.
+        weight: ``[E, out, in]``, same dtype and device as ``x``.
+        offsets: ``[E + 1]`` int32 (``plan().offsets``): experts with ``offsets[e] == offsets[e + 1]`` are skipped, their
+            output and gradients are 0. ``None``: every expert is used.
+
+    Returns:
+        ``[E, T, out]``. Differentiable once, in ``x`` and ``weight``.
+
+    Raises:
+        ValueError: a shape, device or offset does not fit.
+        TypeError: a dtype does not.
+
+    Source: MiCRo, keys and values of all experts (model.md 2.6).
+    """
+    result: Tensor = torch.ops.micro.stacked_linear(x, weight, offsets)
+    return result
+
+
+def expert_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    *,
+    slots: int,
+    start: int = 0,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Some queries, all keys of their expert, causal by slot.
+
+    ``out[n, a] = softmax_j(scale * q[n, a] . k[b, e, g, j]) @ v[b, e, g]`` with ``g = a // (A // G)``, for row ``n`` of
+    expert ``e``. Token ``t = tokens[n]`` stands in row ``b = t // slots`` at slot ``start + t % slots`` and sees the key
+    slots up to its own.
+
+    Args:
+        q: ``[N, A, D]`` in plan order, float32, float64 or bfloat16; ``D`` a multiple of 8, at most 256.
+        k: ``[B, E, G, J, D]``, same dtype and device; any strides with ``D`` contiguous (else a copy is made). ``J`` may
+            be larger than ``start + slots``, as in a static cache; slots that nobody may see are never read.
+        v: like ``k``.
+        tokens: ``[N]`` int32, ascending within each expert (``plan().tokens``).
+        offsets: ``[E + 1]`` int32 (``plan().offsets``).
+        slots: ``S``, slots of this call.
+        start: ``C``, slots cached before it.
+        mask: ``None``; bool ``[B, J]``, true where the slot is real (a query at a slot that is not real sees nothing);
+            or ``[B, S, J]`` or ``[1, S, J]``, bool (true = visible) or floating (added to the scores), which replace the
+            causal rule. The mask gets no gradient.
+        scale: ``None`` is ``1 / sqrt(D)``.
+
+    Returns:
+        ``[N, A, D]``; idle rows and queries that see no key are 0. Differentiable once, in ``q``, ``k`` and ``v``.
+        The softmax runs in float32 (float64 for float64); nothing of size ``S x J`` is stored. A query's result does not
+        depend on the other queries, on the split of a sequence into calls or on the number of threads.
+
+    Raises:
+        ValueError: a shape, device, token or offset does not fit.
+        TypeError: a dtype does not.
+
+    Source: MiCRo, routed attention (model.md 2.6, 2.7); online softmax: Milakov and Gimelshein (2018).
+    """
+    result: Tensor = torch.ops.micro.expert_attention(q, k, v, tokens, offsets, slots, start, mask, scale)
+    return result

@@ -1,0 +1,17 @@
+#include "expert_linear/few_rows.h"
+
+namespace micro_kernels::cpu {
+
+FewRowsKernel few_rows_avx512_bf16(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return few_rows<Exact<double>>;
+    case DType::kBFloat16:
+      return few_rows<Paired>;
+    case DType::kFloat32:
+      break;
+  }
+  return few_rows<Exact<float>>;
+}
+
+}  // namespace micro_kernels::cpu
