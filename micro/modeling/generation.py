@@ -65,11 +65,15 @@ class MiCRoGenerationMixin(GenerationMixin):
             raise ValueError(f"steering is normalised already; do not also give {both}")
         steering = steering.repeat(1)
         if steering.prompt is None:
-            given = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+            ids = inputs if inputs is not None else kwargs.get("input_ids")
+            embeds = kwargs.get("inputs_embeds")
+            given = ids if embeds is None else embeds
             slots = 1 if given is None else given.shape[1]  # without a prompt, generate starts from one BOS token
             mask = kwargs.get("attention_mask")
             steering.origin = max(0, mask.shape[1] - slots) if mask is not None and mask.dim() == 2 else 0
             steering.prompt = slots
+            columns = slots if embeds is None else 0 if ids is None else ids.shape[1]
+            steering.first_id = steering.origin + slots - columns
         return steering
 
     # ------------------------------------------------------------------ hooks of transformers' generate
@@ -129,25 +133,13 @@ def _check_cache_implementation(model: Any, generation_config: Any, kwargs: dict
 def _assemble(out: Any, steering: Steering) -> RoutingTrace:
     """One trace from those of all forward passes: prompt + new tokens - 1 slots of the returned sequences."""
     steps = steering.trace or []
-    assert steering.prompt is not None
-    prompt = steering.origin + steering.prompt
+    prompt = steering.origin + (steering.prompt or 0)
     beams = getattr(out, "beam_indices", None)
-    if beams is None:
-        trace = _merge_slots(steps, prompt)
-    else:
-        trace = _follow_beams(steps, beams, prompt)
-    # Ids without a prompt part (inputs_embeds) count from the answer on.
-    new = out.sequences.shape[1] - (steering.prompt if out.sequences.shape[1] > steering.prompt else 0)
-    last = _last_slot(out, steering, prompt)
+    trace = _merge_slots(steps, prompt) if beams is None else _follow_beams(steps, beams, prompt)
+    last = steering.first_id + out.sequences.shape[1] - 1  # the last token is never processed
     trace = trace.slots(0, min(trace.ids.shape[2], last - trace.start))
-    assert new >= 0
-    trace.mask = trace.mask & ~_after_stop(out.sequences, steering, trace)
+    trace.mask = trace.mask & ~_after_stop(out.sequences, steering, trace, prompt)
     return trace
-
-
-def _last_slot(out: Any, steering: Steering, prompt: int) -> int:
-    """One past the last processed slot: the last token of a sequence is never processed."""
-    return steering.origin + out.sequences.shape[1] - 1
 
 
 def _merge_slots(steps: list[RoutingTrace], prompt: int) -> RoutingTrace:
@@ -173,13 +165,15 @@ def _follow_beams(steps: list[RoutingTrace], beams: Tensor, prompt: int) -> Rout
     return RoutingTrace.cat(parts, prompt)
 
 
-def _after_stop(sequences: Tensor, steering: Steering, trace: RoutingTrace) -> Tensor:
-    """Slots of the answer behind a row's stop token: padding of rows that ended early."""
-    assert steering.prompt is not None
-    stops = torch.zeros_like(sequences, dtype=torch.bool)
-    if steering.stop_ids:
-        stops = torch.isin(sequences, torch.tensor(steering.stop_ids, device=sequences.device))
-    stops[:, : steering.prompt] = False
-    after = (stops.cumsum(1) - stops.long()) > 0
-    first = trace.start - steering.origin
-    return after[:, first : first + trace.ids.shape[2]].to(trace.mask.device)
+def _after_stop(sequences: Tensor, steering: Steering, trace: RoutingTrace, prompt: int) -> Tensor:
+    """Slots of the answer behind a row's stop token, bool [B,S]: padding of rows that ended early."""
+    after = torch.zeros_like(trace.mask)
+    answer = sequences[:, prompt - steering.first_id :].to(after.device)
+    if steering.stop_ids and answer.shape[1]:
+        stops = torch.isin(answer, torch.tensor(steering.stop_ids, device=after.device)).long()
+        ended = stops.cumsum(1) - stops > 0
+        first = max(prompt - trace.start, 0)
+        width = after.shape[1] - first
+        begin = max(trace.start - prompt, 0)
+        after[:, first:] = ended[:, begin : begin + width]
+    return after

@@ -23,8 +23,8 @@ class Steering:
 
     ablate, bias, force: several controls, outermost first (context managers, then the argument): union, sum, innermost
     wins. labels int64 [B,S] or [B] (-1 resolved at binding), weights float [B,S,E] or [B,E]; origin: absolute slot of
-    the S axes' first slot; prompt: number of prompt slots in ``generate``, None in a plain forward; trace: where
-    ``generate`` collects the routing of its forward passes.
+    the S axes' first slot; prompt: number of prompt slots in ``generate``, None in a plain forward; first_id:
+    absolute slot of the first returned id; trace: where ``generate`` collects the routing of its forward passes.
     """
 
     config: MiCRoConfig
@@ -38,6 +38,7 @@ class Steering:
     replay: RoutingTrace | None = None
     origin: int = 0
     prompt: int | None = None
+    first_id: int = 0
     expand: int = 1
     trace: list[RoutingTrace] | None = None
     stop_ids: list[int] = field(default_factory=list)
