@@ -82,7 +82,9 @@ def permute(x: Tensor, tokens: Tensor, offsets: Tensor, inverse: Tensor) -> Tens
 
     Args:
         x: ``[T, H]``, float32, float64 or bfloat16.
-        tokens, offsets, inverse: of a plan over the T tokens.
+        tokens: ``[N]`` int32, ``plan.tokens``.
+        offsets: ``[E + 1]`` int32, ``plan.offsets``.
+        inverse: ``[T, K]`` int32, ``plan.inverse``.
 
     Returns:
         ``[N, H]``. Differentiable once, in ``x``: a token's K rows are added by rank, in float32 (float64 for
@@ -105,7 +107,9 @@ def combine(y: Tensor, weights: Tensor, experts: Tensor, offsets: Tensor, invers
     Args:
         y: ``[N, H]`` in plan order, float32, float64 or bfloat16.
         weights: ``[T, K]``, any floating dtype, rounded to that of ``y`` before use.
-        experts, offsets, inverse: of the plan.
+        experts: ``[N]`` int32, ``plan.experts``.
+        offsets: ``[E + 1]`` int32, ``plan.offsets``.
+        inverse: ``[T, K]`` int32, ``plan.inverse``.
 
     Returns:
         ``[T, H]``. Differentiable once, in ``y`` and ``weights``; idle pairs get exactly 0.
@@ -166,7 +170,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor | None = None) -> T
 
     Args:
         x: ``[..., T, heads, D]``, or ``[N, heads, D]`` with ``tokens``; float32, float64 or bfloat16.
-        cos, sin: ``[T, D / 2]`` float32 or float64, constants.
+        cos: ``[T, D / 2]`` float32 or float64, a constant.
+        sin: like ``cos``.
         tokens: ``[N]`` int32, the table row of each row of ``x``.
 
     Returns:
@@ -186,7 +191,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``gate * sigmoid(gate) * up``, computed in float32 (float64 for float64) and rounded once.
 
     Args:
-        gate, up: ``[...]``, same shape, dtype (float32, float64, bfloat16) and device.
+        gate: ``[...]``, float32, float64 or bfloat16.
+        up: same shape, dtype and device.
 
     Returns:
         A tensor like ``gate``. Differentiable once; the backward keeps only the two inputs.

@@ -41,8 +41,9 @@ def route(
     logits [T,E]; rows [T,E] replace the probabilities; bias float32, ablate bool [T|1,E]; force int32 [T|1], -1 free;
     replay int32 [T,K] takes these ids and recomputes their scores.
     """
+    out = logits.dtype if logits is not None else rows.dtype
     if rows is not None:
-        effective = rows.to(wide(rows.dtype))
+        effective = rows.to(wide(out))
         p = effective
     else:
         effective = logits.to(wide(logits.dtype))
@@ -67,7 +68,6 @@ def route(
         w = q
     else:  # straight_through
         w = (q / (q.sum(-1, keepdim=True) + EPSILON)).detach() + q - q.detach()
-    out = logits.dtype if logits is not None else rows.dtype
     return Routing(ids.to(torch.int32), w.to(out), p, effective)
 
 
@@ -165,6 +165,14 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, float, f
     smooth = (context / wavelength - low) / (high - low)
     middle = (1 - smooth) * f / factor + smooth * f
     return torch.where(wavelength < context / high, f, torch.where(wavelength > context / low, f / factor, middle))
+
+
+def rope_table(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * frequency, all in float32 (model.md 2.2). position_ids int64 [P], frequencies
+    float32 [D/2]. Returns two tensors [P,D/2] float32.
+    """
+    angle = position_ids[:, None].to(torch.float32) * frequencies
+    return angle.cos(), angle.sin()
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor | None = None) -> Tensor:
