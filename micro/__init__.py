@@ -8,30 +8,39 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from micro.convert import collapse, load, upcycle
+    from micro.curriculum import Curriculum, FreezeRule, Stage
+
+    __version__: str
+
 # name -> module that defines it
 _LAZY = {
     "upcycle": "micro.convert",
     "load": "micro.convert",
-    "convert": "micro.convert",
     "collapse": "micro.convert",
-    "Curriculum": "micro.training",
+    "Curriculum": "micro.curriculum",
+    "Stage": "micro.curriculum",
+    "FreezeRule": "micro.curriculum",
 }
+# `micro.convert` is a package and, called, the function of interface.md 1.
 _MODULES = (
     "analysis",
     "convert",
+    "curriculum",
     "data",
     "errors",
     "experts",
     "modeling",
     "ops",
     "optim",
+    "progress",
     "report",
     "steering",
     "training",
 )
 
-if TYPE_CHECKING:
-    __version__: str
+__all__ = ["Curriculum", "FreezeRule", "Stage", "__version__", "build_info", "collapse", "load", "upcycle"]
 
 
 def build_info() -> dict[str, Any]:

@@ -18,6 +18,9 @@ list(GET MICRO_TORCH_FOUND 0 MICRO_TORCH_DIR)
 list(GET MICRO_TORCH_FOUND 1 MICRO_TORCH_VERSION)
 set(MICRO_TORCH_LIB_DIR ${MICRO_TORCH_DIR}/lib)
 
+# Another torch in the same environment: configure again, so that `make build` mends what the loader complains about.
+set_property(DIRECTORY ${PROJECT_SOURCE_DIR} APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${MICRO_TORCH_DIR}/version.py)
+
 list(PREPEND CMAKE_PREFIX_PATH ${MICRO_TORCH_DIR}/share/cmake)
 # torch warns of a library of its own build that wheels do not carry (kineto); nobody can act on it.
 set(CMAKE_MESSAGE_LOG_LEVEL ERROR)

@@ -1,0 +1,16 @@
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <micro/build_info.h>
+#include <micro/rms_norm.h>
+#include <micro/version.h>
+
+#include <cstdio>
+#include <string>
+
+// A row of threes, normed, is a row of ones.
+int main() {
+  const at::Tensor y = micro::rms_norm(at::full({2, 8}, 3.0), at::ones({1, 8}), std::nullopt, 0.0);
+  const bool right = (y - 1).abs().max().item<float>() < 1e-6F && micro::build_info().version == MICRO_VERSION;
+  std::printf("micro %s from C++: %s\n", MICRO_VERSION, right ? "right" : "WRONG");
+  return right ? 0 : 1;
+}
