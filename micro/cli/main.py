@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 # One line per command: micro/cli/<name>.py with a function <name>, or with `app` where it has sub-commands.
-COMMANDS = ("doctor", "route", "ablate", "report", "demo")
+COMMANDS = ("doctor", "train", "route", "ablate", "report", "demo")
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

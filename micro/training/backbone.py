@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +98,23 @@ def reopen(folder: Path, recipe: Recipe) -> tuple[Any, Any]:
 
 def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """A model folder that is whole or not there, with the tokenizer beside the weights."""
-    with checkpoints.writing(folder) as beside:
+    with checkpoints.writing(folder) as beside, quiet_transformers():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the library's own bars ("Writing model shards"): a run shows one bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def tiny_backbone(seed: int) -> tuple[Any, Any]:

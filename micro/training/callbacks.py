@@ -181,6 +181,7 @@ class ReportCallback(TrainerCallback):
             **parts,
             "learning_rate": self.trainer.learning_rate,
             "gradient_norm": self.trainer.gradient_norm,
+            "skipped_steps": self.trainer.skipped_steps,
             "tokens": self._tokens,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else None,
             "memory_bytes": peak_memory(),
@@ -206,6 +207,8 @@ def describe(record: dict[str, Any]) -> str:
         if name in record
     ]
     words += [f"lr {record['learning_rate']:.1e}", f"norm {record['gradient_norm']:.2f}"]
+    if record["skipped_steps"]:
+        words.append(f"{record['skipped_steps']} steps skipped (gradient not finite)")
     if "load" in record:
         words.append(f"H {record['decision_entropy']:.2f}/{record['usage_entropy']:.2f}")
         if record["label_accuracy"] is not None:

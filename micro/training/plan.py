@@ -21,16 +21,18 @@ GROUPS = ("embedding", "head", "final norm", "routers", "experts", "shared layer
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. tokens: real tokens that are visited, padding apart; targets: those of them that are trained on.
+    """One stage.
 
-    memory: bytes by part, for the longest micro batch; checkpoint_bytes: one checkpoint with its optimizer state;
-    checkpoints: how many of them stand on disk at a time.
+    dropped: rows that could not be encoded; tokens: real tokens that are visited, padding apart; targets: those of them
+    that are trained on; memory: bytes by part, for the longest micro batch; checkpoint_bytes: one checkpoint with its
+    optimizer state; checkpoints: how many of them stand on disk at a time.
     """
 
     name: str
     trainable: dict[str, int]
     trainable_total: int
     rows: int
+    dropped: int
     steps: int
     batch_size: int
     micro_batch_size: int
@@ -82,24 +84,30 @@ class Plan:
         from rich.table import Table
 
         table = Table(title=f"cost ({self.precision}, {self.processes} process{'es' if self.processes > 1 else ''})")
-        table.add_column("stage")
-        for name in ("rows", "steps", "batch", "longest row", "tokens", "targets", "memory (estimate)", "checkpoints"):
-            table.add_column(name, justify="right")
+        table.add_column("")
         for stage in self.stages:
-            table.add_row(
-                stage.name,
-                f"{stage.rows:,}",
-                f"{stage.steps:,}",
-                f"{stage.batch_size} = {stage.batch_size // (stage.micro_batch_size * self.processes)} x "
-                f"{stage.micro_batch_size}{f' x {self.processes}' if self.processes > 1 else ''}",
-                f"{stage.longest:,}",
-                f"{stage.tokens:,}",
-                f"{stage.targets:,}",
-                size(stage.memory["total"]),
-                f"{stage.checkpoints} x {size(stage.checkpoint_bytes)}",
-            )
+            table.add_column(stage.name, justify="right")
+        for title, text in _COST_ROWS:
+            table.add_row(title, *(text(stage) for stage in self.stages))
         table.caption = f"disk needed: {size(self.disk)}"
         return table
+
+
+_COST_ROWS: list[tuple[str, Callable[[StagePlan], str]]] = [
+    ("rows", lambda stage: f"{stage.rows:,}"),
+    ("rows dropped", lambda stage: f"{stage.dropped:,}"),
+    ("longest row", lambda stage: f"{stage.longest:,}"),
+    ("steps", lambda stage: f"{stage.steps:,}"),
+    ("rows per step", lambda stage: f"{stage.batch_size:,}"),
+    ("rows at a time", lambda stage: f"{stage.micro_batch_size:,}"),
+    ("tokens", lambda stage: f"{stage.tokens:,}"),
+    ("trained on", lambda stage: f"{stage.targets:,}"),
+    *(
+        (f"memory: {part}", lambda stage, part=part: size(stage.memory[part]))  # type: ignore[misc]
+        for part in ("weights", "gradients", "optimizer", "activations", "total")
+    ),
+    ("checkpoints kept", lambda stage: f"{stage.checkpoints} x {size(stage.checkpoint_bytes)}"),
+]
 
 
 def make_plan(
@@ -160,6 +168,7 @@ def _stage_plan(
         trainable=trained,
         trainable_total=total,
         rows=rows,
+        dropped=data.dropped,
         steps=steps,
         batch_size=stage.batch_size,
         micro_batch_size=stage.micro_batch_size,

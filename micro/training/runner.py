@@ -284,7 +284,8 @@ class _Run:
             trainer.add_callback(callback)
         trainer.loaded_from = checkpoint
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with backbone.quiet_transformers():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (FloatingPointError, torch.OutOfMemoryError) as error:
             raise RunError(f"{self.folder}: stage {stage.name!r} failed: {error}") from error
         finally:
@@ -304,6 +305,7 @@ class _Run:
             model=self.model,
             args=self._arguments(stage, steps),
             curriculum=curriculum,
+            tokenizer=self.tokenizer,
             train_dataset=data.rows,
             data_collator=Collator(self.tokenizer),
         )

@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from micro import ops
-
 from . import checkpoints
 from .order import Rows, WindowSampler
 from .statistics import RoutingStatistics, RoutingSummary
@@ -73,7 +71,8 @@ class CurriculumSchedule:
 class MiCRoTrainer(Trainer):
     """``transformers.Trainer`` for MiCRo and dense models.
 
-    curriculum: a ``micro.Curriculum`` standing in the stage to train, or None. All other arguments are the Trainer's. A
+    curriculum: a ``micro.Curriculum`` standing in the stage to train, or None. tokenizer: is written beside the weights
+    of every checkpoint; unlike `processing_class` it changes no token of the model's config. All other arguments are the Trainer's. A
     data set of class ``Rows`` is visited in the order of ``WindowSampler``. How auxiliary losses of a window add up is
     the config's `aux_window`.
     """
@@ -90,9 +89,10 @@ class MiCRoTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         curriculum: micro.Curriculum | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.curriculum = curriculum
+        self.curriculum, self.tokenizer = curriculum, tokenizer
         self.use_cache = bool(getattr(getattr(model, "config", None), "use_cache", True))
         super().__init__(model=model, args=args, **kwargs)
         if self.args.label_names is None:
@@ -105,7 +105,7 @@ class MiCRoTrainer(Trainer):
         language = names.index("language") if "language" in names else -1
         self.statistics = RoutingStatistics(config.num_hidden_layers, len(names), language)
         self._own_optimizer = False
-        self.gradient_norm = self.learning_rate = math.nan
+        self.learning_rate = self._norm = math.nan
         self.window_tokens = 0
         self.loaded_from: Path | None = None
         self._parts: dict[str, Tensor] = {}
@@ -198,32 +198,27 @@ class MiCRoTrainer(Trainer):
                 value = value.detach()
                 self._parts[name] = self._parts[name] + value if name in self._parts else value
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm before clipping; called once per step, after ``_clip_grad_norm`` where clipping is on."""
-        if grad_norm is None and self._own_optimizer:
-            grad_norm = self._clip_grad_norm(model)
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        self.gradient_norm, self.learning_rate = float(norm), float(self._get_learning_rate())
-        return norm
-
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """The gradient's norm; the optimizer scales by the clipping factor in its own pass, gradients are not
-        rewritten.
+        """Our optimizer measures and clips in its own pass; gradients are not rewritten."""
+        return None if self._own_optimizer else super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
-        Errors: FloatingPointError for a norm that is not finite; the step is not made, the parameters are still good.
-        """
-        if not self._own_optimizer:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-        norm = ops.gradient_norm([p.grad for p in model.parameters() if p.grad is not None])
-        value = float(norm)
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the gradient is not finite at step {self.state.global_step + 1}; the last checkpoint is good: lower "
-                "learning_rate, or look at the data of this step"
-            )
-        limit = self.args.max_grad_norm or math.inf
-        self._adamw.gradient_scale = min(1.0, limit / (value + 1e-6))
-        return norm
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """None with our optimizer, which knows the norm once it has stepped: see ``gradient_norm``."""
+        self.learning_rate = float(self._get_learning_rate())
+        if self._own_optimizer:
+            return None
+        self._norm = float(super()._get_grad_norm(model, grad_norm))  # type: ignore[no-untyped-call]
+        return self._norm
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradients, before clipping."""
+        return float(self._adamw.grad_norm) if self._own_optimizer else self._norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were not made because their gradient was not finite."""
+        return int(self._adamw.skipped_steps) if self._own_optimizer else 0
 
     def step_summary(self) -> tuple[dict[str, float], RoutingSummary | None]:
         """Loss parts (sums over the window, as they were differentiated) and routing of the step that was just made."""
@@ -233,7 +228,7 @@ class MiCRoTrainer(Trainer):
         """The Trainer's log with loss parts, load per expert, entropies and label accuracy of the last step."""
         parts, routing = self.step_summary()
         if "learning_rate" in logs and routing is not None:
-            logs |= {name: value for name, value in parts.items() if name != "loss"}
+            logs |= {name: value for name, value in parts.items() if name != "loss"} | {"grad_norm": self.gradient_norm}
             names = self.model.config.expert_names
             logs |= {f"load/{name}": share for name, share in zip(names, routing.mean_load, strict=True)}
             logs |= {"decision_entropy": routing.decision_entropy, "usage_entropy": routing.usage_entropy}
@@ -259,20 +254,15 @@ class MiCRoTrainer(Trainer):
         self._own_optimizer = False
         if self.optimizer is not None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().create_optimizer(model)
-        from micro.optim import AdamW
+        from micro.optim import AdamW, parameter_groups
 
-        args, target = self.args, self.model if model is None else model
-        gains = {id(p) for n, p in target.named_parameters() if is_gain(n)}
-        trained = [p for p in target.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if id(p) not in gains], "weight_decay": args.weight_decay},
-            {"params": [p for p in trained if id(p) in gains], "weight_decay": 0.0},
-        ]
+        args = self.args
         self._adamw = AdamW(
-            [group for group in groups if group["params"]],
+            parameter_groups(self.model if model is None else model, args.weight_decay),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm,
         )
         self._own_optimizer = True
         self.optimizer = self._adamw
@@ -343,6 +333,8 @@ class MiCRoTrainer(Trainer):
         while_training, config.use_cache = config.use_cache, self.use_cache
         try:
             super().save_model(output_dir, _internal_call)
+            if self.tokenizer is not None and self.args.should_save:
+                self.tokenizer.save_pretrained(output_dir or self.args.output_dir)
         finally:
             config.use_cache = while_training
 
@@ -378,8 +370,3 @@ def _routed_by_labels(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("routing_labels")
     given = labels is not None and labels.dim() == 2 and "attention_mask" in inputs
     return given and inputs.get("route_by") in (None, "labels") and inputs.get("routing_weights") is None
-
-
-def is_gain(name: str) -> bool:
-    """Whether a parameter is a norm's gain: these get no weight decay (model.md 6.2). Ours and Hugging Face names."""
-    return any("norm" in part for part in name.split(".")[:-1])
