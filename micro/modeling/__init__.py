@@ -11,7 +11,7 @@ from micro.modeling.config import MiCRoConfig
 from micro.modeling.keys import disk_mapping
 from micro.modeling.model import MiCRoModel, MiCRoPreTrainedModel
 from micro.modeling.outputs import MiCRoCausalLMOutputWithPast, MiCRoModelOutputWithPast
-from micro.modeling.router import MiCRoRouter, initialize_router
+from micro.modeling.router import MiCRoRouter
 from micro.modeling.steer import Steering
 from micro.modeling.trace import RoutingTrace
 
@@ -27,7 +27,6 @@ __all__ = [
     "MiCRoRouter",
     "RoutingTrace",
     "Steering",
-    "initialize_router",
 ]
 
 # A second import (a reloaded module, a notebook) must not fail on what is registered already.

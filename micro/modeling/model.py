@@ -24,7 +24,7 @@ from micro.modeling.config import MiCRoConfig
 from micro.modeling.ffn_block import MiCRoFFNLayer
 from micro.modeling.layers import RMSNorm, StackedLinear, StackedNorm
 from micro.modeling.outputs import MiCRoModelOutputWithPast
-from micro.modeling.router import MiCRoRouter, initialize_router
+from micro.modeling.router import RouterMap, initialize_router_map
 from micro.modeling.steer import Steering
 from micro.modeling.trace import RoutingTrace
 
@@ -48,8 +48,8 @@ class MiCRoPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (StackedNorm, RMSNorm)):
             init.ones_(module.weight)
-        elif isinstance(module, MiCRoRouter):
-            initialize_router(module, str(self.config.router_init), std)
+        elif isinstance(module, RouterMap):
+            initialize_router_map(module, str(self.config.router_init), std)
         elif isinstance(module, (StackedLinear, nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=std)
 
@@ -59,10 +59,9 @@ class MiCRoPreTrainedModel(PreTrainedModel):
         if rule not in ("uniform", "normal"):
             raise ValueError(f'rule is {rule!r}, expected "uniform" or "normal"')
         for module in self.modules():
-            if isinstance(module, MiCRoRouter):
-                for layer in (module.in_proj, module.out_proj):
-                    layer.weight._is_hf_initialized = False  # type: ignore[attr-defined]
-                initialize_router(module, rule, self.config.initializer_range, generator)
+            if isinstance(module, RouterMap):
+                module.weight._is_hf_initialized = False  # type: ignore[attr-defined]  # drawn anew although loaded
+                initialize_router_map(module, rule, self.config.initializer_range, generator)
 
     def named_expert_parameters(self, expert: int | str) -> Iterator[tuple[str, Tensor]]:
         """(name, slice) of every parameter of one expert; the slices are views of the stacked parameters."""

@@ -9,6 +9,14 @@ from transformers import initialization as init
 from micro.modeling.config import MiCRoConfig
 
 
+class RouterMap(nn.Linear):
+    """One of a router's two maps. A class of its own, because routers start otherwise than other linear layers and
+    transformers initialises each module by its class."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+
 class MiCRoRouter(nn.Module):
     """Scores of the experts. Input: the raw block input (whole-block experts) or the FFN input (FFN experts).
 
@@ -18,8 +26,8 @@ class MiCRoRouter(nn.Module):
 
     def __init__(self, config: MiCRoConfig) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, int(config.router_hidden_size or 0), bias=False)
-        self.out_proj = nn.Linear(int(config.router_hidden_size or 0), config.num_experts, bias=False)
+        self.in_proj = RouterMap(config.hidden_size, int(config.router_hidden_size or 0))
+        self.out_proj = RouterMap(int(config.router_hidden_size or 0), config.num_experts)
         self.fold = config.numerics == "fast"
         self._folded: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -32,7 +40,7 @@ class MiCRoRouter(nn.Module):
 
     def _foldable(self) -> bool:
         """An adapter or hook on one of the two maps must run, so only plain maps are folded."""
-        return all(type(m) is nn.Linear and not m._forward_hooks for m in (self.in_proj, self.out_proj))
+        return all(type(m) is RouterMap and not m._forward_hooks for m in (self.in_proj, self.out_proj))
 
     def _folded_weight(self) -> Tensor:
         weights = (self.in_proj.weight, self.out_proj.weight)
@@ -44,12 +52,11 @@ class MiCRoRouter(nn.Module):
 
 
 @torch.no_grad()
-def initialize_router(router: MiCRoRouter, rule: str, std: float, generator: torch.Generator | None = None) -> None:
-    """Random start of a router (model.md 2.13): ``uniform`` +-1/sqrt(fan-in), torch's default for linear layers, or
-    ``normal`` with standard deviation ``std``. Parameters that a loader has filled are left alone."""
-    for layer in (router.in_proj, router.out_proj):
-        if rule == "uniform":
-            bound = layer.in_features**-0.5
-            init.uniform_(layer.weight, -bound, bound, generator=generator)
-        else:
-            init.normal_(layer.weight, 0.0, std, generator=generator)
+def initialize_router_map(layer: RouterMap, rule: str, std: float, generator: torch.Generator | None = None) -> None:
+    """Random start of one map (model.md 2.13): ``uniform`` +-1/sqrt(fan-in), torch's default for linear layers, or
+    ``normal`` with standard deviation ``std``. A parameter that a loader has filled is left alone."""
+    if rule == "uniform":
+        bound = layer.in_features**-0.5
+        init.uniform_(layer.weight, -bound, bound, generator=generator)
+    else:
+        init.normal_(layer.weight, 0.0, std, generator=generator)
