@@ -131,6 +131,12 @@ void step_meta(TensorList parameters, TensorList gradients, TensorList first, Te
   check_tensors(parameters, gradients, first, second, masters);
 }
 
+// Where the dispatcher sees no tensor of a device that we know: without parameters there is nothing to do.
+void step_elsewhere(TensorList parameters, TensorList, TensorList, TensorList, TensorList, int64_t, double, double,
+                    double, double, double, double) {
+  TORCH_CHECK_NOT_IMPLEMENTED(parameters.empty(), kName, ": no kernel for ", parameters[0].device());
+}
+
 }  // namespace
 
 void adamw_step(TensorList parameters, TensorList gradients, TensorList first_moments, TensorList second_moments,
@@ -147,6 +153,7 @@ TORCH_LIBRARY_FRAGMENT(micro, m) {
       " Tensor(c!)[] second_moments, Tensor(d!)[] masters, *, int step, float learning_rate, float beta1=0.9,"
       " float beta2=0.999, float eps=1e-08, float weight_decay=0.0, float gradient_scale=1.0) -> ()");
 }
+TORCH_LIBRARY_IMPL(micro, CompositeExplicitAutograd, m) { m.impl("adamw_step", step_elsewhere); }
 TORCH_LIBRARY_IMPL(micro, CPU, m) { m.impl("adamw_step", step_all); }
 TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("adamw_step", step_all); }
 TORCH_LIBRARY_IMPL(micro, Meta, m) { m.impl("adamw_step", step_meta); }

@@ -16,8 +16,13 @@ using at::TensorList;
 
 constexpr char kName[] = "micro::gradient_norm";
 
-Tensor forward_meta(TensorList gradients) {
+// Where the dispatcher sees no tensor of a device that we know.
+Tensor forward_elsewhere(TensorList gradients) {
   TORCH_CHECK_VALUE(!gradients.empty(), kName, ": gradients must hold at least one tensor");
+  TORCH_CHECK_NOT_IMPLEMENTED(false, kName, ": no kernel for ", gradients[0].device());
+}
+
+Tensor forward_meta(TensorList gradients) {
   for (size_t i = 0; i < gradients.size(); ++i) {
     kernel_dtype(kName, gradients[i]);
     TORCH_CHECK_VALUE(gradients[i].device() == gradients[0].device(), kName, ": gradients[", i, "] is on ",
@@ -53,6 +58,7 @@ Tensor gradient_norm(TensorList gradients) {
 }
 
 TORCH_LIBRARY_FRAGMENT(micro, m) { m.def("gradient_norm(Tensor[] gradients) -> Tensor"); }
+TORCH_LIBRARY_IMPL(micro, CompositeExplicitAutograd, m) { m.impl("gradient_norm", forward_elsewhere); }
 TORCH_LIBRARY_IMPL(micro, CPU, m) { m.impl("gradient_norm", forward); }
 TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("gradient_norm", forward); }
 TORCH_LIBRARY_IMPL(micro, Meta, m) { m.impl("gradient_norm", forward_meta); }

@@ -27,6 +27,7 @@ inline void narrow_row(const T* wide, T* row, int64_t n) {
 inline void narrow_row(const float* wide, uint16_t* row, int64_t n) {
   int64_t v = 0;
   for (; v + kLanes<float> <= n; v += kLanes<float>) store_bfloat16(row + v, load(wide + v));
+  if (v == n) return;
   uint16_t tail[kLanes<float>];
   store_bfloat16(tail, load(wide + v));  // inside the padding
   __builtin_memcpy(row + v, tail, static_cast<size_t>(n - v) * sizeof(uint16_t));
