@@ -15,7 +15,20 @@ from typing import Annotated
 import typer
 
 # One line per command: micro/cli/<name>.py with a function <name>, or with `app` where it has sub-commands.
-COMMANDS = ("doctor", "train", "route", "ablate", "report", "demo")
+COMMANDS = (
+    "doctor",
+    "upcycle",
+    "convert",
+    "collapse",
+    "data",
+    "train",
+    "generate",
+    "route",
+    "ablate",
+    "estimate",
+    "report",
+    "demo",
+)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

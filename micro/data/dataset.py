@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from micro.data.chat import Chat, encode_conversation
+from micro.data.chat import Chat, encode_conversation, iter_chat
 from micro.data.encoding import encode_record, resolve_options
+from micro.data.loading import iter_records
 from micro.data.records import DataWarning, Record
 from micro.errors import require
 
@@ -59,3 +66,53 @@ def _dataset(rows: list[dict[str, list[int]]], counts: Counter[str]) -> Dataset:
     if found:
         warnings.warn(f"to_dataset: {counts[_KEPT]} rows encoded; {found}", DataWarning, stacklevel=3)
     return datasets.Dataset.from_list(rows)
+
+
+def write_encoded(
+    source: Path,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    chats: bool,
+    tokenizer_name: str,
+    **encode_options: Any,
+) -> Counter[str]:
+    """Encodes a file into a new folder: `rows.parquet` and `build.json` (counts, options, hashes). Returns the counts.
+
+    The folder is written beside and renamed. FileExistsError: it is there already. ValueError: no row is left.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; choose another folder or remove it")
+    options = resolve_options(**encode_options)
+    if chats:
+        rows, counts = encode_all_chats(iter_chat(source), tokenizer, **encode_options)
+    else:
+        rows, counts = encode_all(iter_records(source), tokenizer, **encode_options)
+    if not rows:
+        raise ValueError(f"{source}: no row is left to train on ({dict(counts)})")
+    receipt = {
+        "source": str(source),
+        "source_sha256": _sha256(source),
+        "tokenizer": tokenizer_name,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "options": asdict(options),
+        "counts": dict(counts),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+    }
+    pyarrow = require("pyarrow", "hf", "writing Parquet")
+    parquet = require("pyarrow.parquet", "hf", "writing Parquet")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), beside / "rows.parquet")
+        (beside / "build.json").write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return counts
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

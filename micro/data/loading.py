@@ -74,12 +74,18 @@ class Report:
     def ok(self) -> bool:
         return not any(p.severity == "error" for p in self.problems)
 
-    def __str__(self) -> str:
+    def summary(self, most: int | None = None) -> str:
+        """Counts, then the problems, at most so many of them."""
         lines = [f"{self.path}: {'ok' if self.ok else 'not usable as it is'}"]
         for name, value in self.counts.items():
             shown = value if not isinstance(value, dict) else ", ".join(f"{k} {v}" for k, v in value.items()) or "none"
             lines.append(f"  {name}: {shown}")
-        return "\n".join([*lines, *(f"  {p}" for p in self.problems)])
+        lines += [f"  {p}" for p in self.problems[:most]]
+        left = len(self.problems) - len(self.problems[:most])
+        return "\n".join([*lines, f"  ... and {left} more problems"] if left else lines)
+
+    def __str__(self) -> str:
+        return self.summary()
 
 
 def validate(path: str | Path, *, repair: bool = False) -> Report:

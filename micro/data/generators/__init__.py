@@ -29,7 +29,12 @@ _INTROS = (
     "Answer one after the other. ",
     "Help me out. ",
 )
-_OPENERS = (("First: ", "To begin: ", ""), ("Then: ", "Next: ", "Also: ", ""), ("Finally: ", "Last: ", ""))
+# Some openers hold a name: otherwise people would stand in answers of two domains only.
+_OPENERS = (
+    ("First: ", "To begin: ", "For {a}: ", ""),
+    ("Then: ", "Next: ", "For {b}: ", "Also: ", ""),
+    ("Finally: ", "Last: ", "For {c}: ", ""),
+)
 _JOINS = (" ", " ", " ", "\n", "\n\n")
 _SYSTEMS = ("You answer briefly.", "You are a helpful assistant.", "Answer in plain words.")
 _TRIES = 200  # draws that may repeat an earlier record before the templates count as used up
@@ -125,7 +130,7 @@ def _record(rng: Random, domains: Sequence[str], split: str) -> Record:
             answer += join
         start = len(answer)
         place = 0 if i == 0 else 2 if i == len(plan) - 1 else 1
-        answer += (rng.choice(_OPENERS[place]) if with_openers else "") + sentence
+        answer += (rng.choice(_OPENERS[place]).format_map(scene) if with_openers else "") + sentence
         spans.append(Span(start, len(answer), _LABEL[name]))
     prompt = rng.choice(_INTROS) + " ".join(question for question, _ in pairs)
     names = [f"{name}.{template.name}" for name, template in plan]

@@ -61,7 +61,22 @@ THINGS = tuple(
     if entry.strip()
 )
 COLOURS = tuple(["red", "blue", "green", "yellow", "white", "black", "brown", "grey", "orange", "purple"])
-PLACES = tuple(["kitchen", "garden", "library", "school", "station", "market", "office", "attic", "workshop", "museum", "hall", "cellar"])
+PLACES = tuple(
+    [
+        "kitchen",
+        "garden",
+        "library",
+        "school",
+        "station",
+        "market",
+        "office",
+        "attic",
+        "workshop",
+        "museum",
+        "hall",
+        "cellar",
+    ]
+)
 DAYS = tuple(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
 
 Slots = dict[str, str | int]
