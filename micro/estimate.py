@@ -8,6 +8,7 @@ nothing recomputed; they are estimates, and say so wherever they are printed.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -398,6 +399,20 @@ def _stages(
             )
         )
     return costs
+
+
+def measure_flops_per_second(dtype: str = "float32", seconds: float = 0.3) -> float:
+    """Speed of a matrix product on this machine, with the threads torch uses: a bound for everything else."""
+    import torch
+
+    _bytes(dtype)
+    left, right = (torch.full((1024, 1024), 0.5, dtype=getattr(torch, dtype)) for _ in range(2))
+    left @ right  # the first product allocates and chooses a kernel
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        left @ right
+        done += 1
+    return done * 2 * 1024**3 / elapsed
 
 
 def _bytes(dtype: str) -> int:
