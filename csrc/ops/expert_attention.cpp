@@ -37,7 +37,9 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
                    q.scalar_type(), " but k is ", k.scalar_type(), " and v is ", v.scalar_type());
   TORCH_CHECK_VALUE(k.device() == q.device() && v.device() == q.device(), kName, ": q is on ", q.device(),
                     " but k is on ", k.device(), " and v is on ", v.device());
-  const int64_t head_dim = q.size(2), heads = q.size(1), groups = k.size(2);  // of the model: never symbolic
+  // Of the model, never symbolic. size() would fix every size of a traced tensor.
+  auto fixed = [](const SymInt& size) { return size.guard_int(__FILE__, __LINE__); };
+  const int64_t head_dim = fixed(q.sym_size(2)), heads = fixed(q.sym_size(1)), groups = fixed(k.sym_size(2));
   TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kLargestHead, kName,
                     ": the head size must be a multiple of 8 up to ", kLargestHead, ", got ", head_dim);
   TORCH_CHECK_VALUE(groups > 0 && heads > 0 && heads % groups == 0, kName, ": ", heads, " query heads cannot share ",
@@ -174,13 +176,13 @@ std::tuple<Tensor, Tensor> forward_meta(const Tensor& q, const Tensor&, const Te
   return allocate_forward(q);
 }
 
-// wanted: gradients of {q, k, v}; what is not wanted is not computed and comes back undefined. Those of k and v keep
-// the order of their dimensions in memory.
+// wanted: gradients of {q, k, v}; what is not wanted is not computed and comes back undefined. Those of k and v lie in
+// memory as the projections laid out k and v, [E, B, J, G, D], so that nothing is copied on their way back.
 std::tuple<Tensor, Tensor, Tensor> allocate_backward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                      std::array<bool, 3> wanted) {
   auto like = [](const Tensor& t) {
-    Tensor grad = at::empty_like(t);
-    return grad.stride(4) == 1 ? grad : at::empty_like(t, at::MemoryFormat::Contiguous);
+    const auto size = t.sym_sizes();
+    return at::empty_symint({size[1], size[0], size[3], size[2], size[4]}, t.options()).permute({1, 0, 3, 2, 4});
   };
   return {wanted[0] ? at::empty_like(q, at::MemoryFormat::Contiguous) : Tensor(), wanted[1] ? like(k) : Tensor(),
           wanted[2] ? like(v) : Tensor()};

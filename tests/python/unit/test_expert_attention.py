@@ -308,7 +308,7 @@ def test_one_compiled_graph_serves_all_lengths() -> None:
         return ops.expert_attention(q, k, v, tokens, offsets, slots=k.shape[3]) * 2
 
     step = torch.compile(call, backend=count, dynamic=True, fullgraph=True)
-    for slots in (3, 5, 8):
+    for slots in (7, 9, 11):  # equal to no other size: the tracer takes equal sizes for one
         a = problem(slots)
         arguments = [a[name] for name in ("q", "k", "v", "tokens", "offsets")]
         assert torch.equal(step(*arguments), call(*arguments))
