@@ -82,12 +82,12 @@ def auxiliary_losses(
         if "load_balancing_loss" in names:
             ids = torch.stack(out.expert_ids)
             pooled = config.aux_pooling == "pooled"
-            losses["load_balancing_loss"] = ops.load_balancing_loss(probs, ids, real, pooled=pooled) * share
+            losses["load_balancing_loss"] = _scaled(ops.load_balancing_loss(probs, ids, real, pooled=pooled), share)
         if "entropy" in names:
-            losses["entropy"] = ops.routing_entropy(probs, real).mean() * share
+            losses["entropy"] = _scaled(ops.routing_entropy(probs, real).mean(), share)
     raw = [logits for logits in out.raw_router_logits if logits is not None]
     if "z_loss" in names:
-        losses["z_loss"] = ops.z_loss(torch.stack(raw), real) * share
+        losses["z_loss"] = _scaled(ops.z_loss(torch.stack(raw), real), share)
     if "label_loss" in names and routing_labels is not None:
         total = ops.label_loss(torch.stack(raw), routing_labels, real)
         if num_routing_items is None:
@@ -97,13 +97,17 @@ def auxiliary_losses(
     return losses
 
 
+def _scaled(value: Tensor, share: Tensor | float) -> Tensor:
+    return value * (share.to(value) if isinstance(share, Tensor) else share)
+
+
 def window_share(config: MiCRoConfig, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
     """Part of an accumulation window that this micro-batch is, by targets counted as ``num_items`` counts them, before
     the shift. 1 without a window, or with ``aux_window="sum"`` (the official behaviour, model.md 7.2)."""
     if num_items is None or labels is None or config.aux_window == "sum":
         return 1.0
     count = num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
-    return (labels != IGNORED).sum() / count
+    return (labels != IGNORED).sum().double() / count
 
 
 def total_loss(config: MiCRoConfig, lm_loss: Tensor | None, aux: dict[str, Tensor]) -> Tensor | None:
