@@ -199,8 +199,17 @@ class _Encoder:
         self.labelled = spans is not None
         self.renderer = renderer_for(tokenizer)
         self.cut_up = options.label_tokenisation == "segments"
-        self.rendered = self.renderer.render(messages, options.template_date, [s.end for s in self.spans])
+        self.rendered = self._render(messages, [s.end for s in self.spans])
         self.response = options.response_template or self.renderer.response_template(options.template_date)
+
+    def _render(self, messages: list[dict[str, str]], ends: list[int]) -> Rendered:
+        """The text with span ends as cuts. In offsets mode no mark may change how the template trims the answer."""
+        if self.cut_up:
+            return self.renderer.render(messages, self.options.template_date, ends)
+        rendered = self.renderer.render(messages, self.options.template_date, [])
+        low, high = rendered.contents[-1]
+        lead = messages[-1]["content"].index(rendered.text[low:high])  # what the template trimmed before the answer
+        return replace(rendered, cuts=[min(max(low + end - lead, low), high) for end in ends])
 
     def run(self) -> tuple[dict[str, list[int]] | None, str | None]:
         """(features, None), or (None, reason) for a row that is dropped."""
