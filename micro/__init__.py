@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from micro.convert import collapse, load, upcycle
+    from micro.convert.collapse import collapse
+    from micro.convert.load import load
+    from micro.convert.upcycle import upcycle
     from micro.curriculum import Curriculum, FreezeRule, Stage
 
     __version__: str

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from micro import _native  # noqa: F401  (loads libmicro, which registers torch.ops.micro)
 from micro.experts import Plan, Routing
-from micro.testing.reference import *  # noqa: F403  (bridge: what the core does not have yet)
 
 
 def route(
