@@ -54,12 +54,14 @@ class MiCRoBlocks(nn.Module):
 
     def ffn(self, x: Tensor, offsets: Tensor) -> Tensor:
         """SwiGLU of each row's expert: x [N,H] in plan order -> [N,H]."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x, offsets), self.up_proj(x, offsets)), offsets)
+        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x, offsets), self.up_proj(x, offsets)), offsets)
+        return out
 
 
 def jitter(x: Tensor, controls: LayerControls) -> Tensor:
-    """x times uniform(1 - j, 1 + j), out of place, from the call's seed, so that recomputation repeats it
-    (model.md 2.14)."""
+    """Noise: x times uniform(1 - j, 1 + j), out of place, from the call's seed, so that recomputation repeats it
+    (model.md 2.14).
+    """
     if controls.jitter == 0.0:
         return x
     generator = torch.Generator(device=x.device).manual_seed(controls.jitter_seed)
@@ -75,20 +77,20 @@ def decide(
     memo = controls.memo
     replay = controls.replay if memo is None or memo.ids is None else memo.ids
     k, rule, rows = call.experts_per_token, call.weight_rule, controls.rows
-    if rows is None or controls.row_mask is not None:
+    if rows is not None and controls.row_mask is None:
+        routing = ops.route(None, k, rows=rows, replay=replay, weight_rule=rule)
+    else:
         assert raw is not None
         steer = {"bias": bias, "ablate": controls.ablate, "force": controls.force}
-        fixed = replay if controls.replay_mask is None or replay is not controls.replay else None
-        routing = ops.route(raw, k, replay=fixed, weight_rule=rule, **steer)
-        if controls.replay_mask is not None and fixed is None:
-            ids = torch.where(controls.replay_mask[:, None], controls.replay, routing.ids)
-            routing = ops.route(raw, k, replay=ids, weight_rule=rule, **steer)
-        if controls.row_mask is not None:
-            mixed = torch.where(controls.row_mask[:, None], rows, routing.probs)
-            effective = torch.where(controls.row_mask[:, None], rows, routing.effective)
-            routing = ops.route(None, k, rows=mixed, replay=replay, weight_rule=rule)._replace(effective=effective)
-    else:
-        routing = ops.route(None, k, rows=rows, replay=replay, weight_rule=rule)
+        if controls.replay is not None and controls.replay_mask is not None and replay is controls.replay:
+            free = ops.route(raw, k, weight_rule=rule, **steer)
+            replay = torch.where(controls.replay_mask[:, None], controls.replay, free.ids)
+        routing = ops.route(raw, k, replay=replay, weight_rule=rule, **steer)
+        if rows is not None and controls.row_mask is not None:
+            given = controls.row_mask[:, None]
+            effective = torch.where(given, rows, routing.effective)
+            mixed = torch.where(given, rows, routing.probs)
+            routing = ops.route(None, k, rows=mixed, weight_rule=rule)._replace(effective=effective)
     if memo is not None and memo.ids is None:
         memo.ids = routing.ids.detach()
     return raw, routing._replace(weights=routing.weights.to(x.dtype))
@@ -119,8 +121,9 @@ class MiCRoBlockLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, bias: Tensor | None = None, *, call: Call, controls: LayerControls
     ) -> LayerResult:
-        """hidden [B,S,H], bias float [T|1,E] or None -> (hidden [B,S,H], effective logits [T,E], raw logits [T,E],
-        probabilities [T,E], ids int32 [T,K], weights [T,K])."""
+        """The layer: hidden [B,S,H], bias float [T|1,E] or None -> (hidden [B,S,H], effective and raw logits [T,E],
+        probabilities [T,E], ids int32 [T,K], weights [T,K]).
+        """
         x = jitter(hidden.reshape(-1, hidden.shape[-1]), controls)
         raw, routing = decide(self.router, x, bias, call, controls)
         plan = ops.plan(routing.ids, self.num_experts, routing.weights, call.real)

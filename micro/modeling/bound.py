@@ -1,4 +1,4 @@
-"""Steering of one forward pass: controls cut to its slots, checked, and shaped as :func:`micro.ops.route` takes them."""
+"""Steering of one forward pass: controls cut to its slots, checked, shaped as :func:`micro.ops.route` takes them."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ class BoundSteering:
         return self._flat(self._bias, index)
 
     def reported(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """(effective logits, probabilities) [T,E] of a layer whose router decides nothing: the given rows themselves, or
-        0 / -inf rows under force; None where the router decides (model.md 4.3)."""
+        """Effective logits and probabilities [T,E] of a layer whose router decides nothing: the given rows, or 0 / -inf
+        rows under force. None where the router decides (model.md 4.3).
+        """
         if self._given is not None:
             return None if self._given_mask is not None else (self._given, self._given)
         if self._forced_rows is None:
@@ -120,7 +121,7 @@ class BoundSteering:
         return ablate
 
     def _slots_of(self, value: Tensor, everywhere: bool, name: str) -> tuple[Tensor, Tensor | None]:
-        """[B,...] (everywhere) or [B,S',...] as [B,S,...] of this call, and where it is given (bool [B,S], None = all)."""
+        """From [B,...] (everywhere) or [B,S',...]: [B,S,...] of this call, and where given (bool [B,S], None = all)."""
         value = value.to(self.device)
         if value.shape[0] != self.rows:
             raise ValueError(f"{name}: given for {value.shape[0]} rows, the call has {self.rows}")

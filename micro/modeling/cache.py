@@ -1,7 +1,7 @@
 """The key/value cache: per layer one tensor of keys and one of values, [B, E*G, J, D].
 
-The expert axis is folded into the heads, so that every operation of transformers' caches (crop, reorder, repeat, select,
-reset) is right as inherited, and stock ``DynamicCache(config=...)`` and ``StaticCache`` work too (model.md 3).
+The expert axis is folded into the heads, so that every operation of transformers' caches (crop, reorder, repeat,
+select, reset) is right as inherited, and stock ``DynamicCache(config=...)`` and ``StaticCache`` work too (model.md 3).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ _CHUNK = 64  # slots by which a store grows at least
 
 class MiCRoCacheLayer(DynamicLayer):
     """Keys and values of one layer. Without gradient they live in a store that grows in chunks and is filled in place
-    (performance.md 9.14); ``keys`` and ``values`` are views of its filled part."""
+    (performance.md 9.14); ``keys`` and ``values`` are views of its filled part.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._stores: tuple[Tensor, Tensor] | None = None
         self._views: tuple[Tensor, Tensor] | None = None
 
@@ -54,17 +55,20 @@ class MiCRoCacheLayer(DynamicLayer):
 
     def _room_for(self, keys: Tensor, values: Tensor, old: int, need: int) -> tuple[Tensor, Tensor]:
         """The stores, if the cached slots still are their own views (not cropped, reordered or replaced from outside)
-        and there is room; otherwise larger ones with the cached slots copied."""
+        and there is room; otherwise larger ones with the cached slots copied.
+        """
         mine = self._views is not None and self._views[0] is self.keys and self._views[1] is self.values
-        if mine and self._stores is not None and self._stores[0].shape[2] >= need:
-            if torch.is_inference_mode_enabled() or not self._stores[0].is_inference():
-                return self._stores
+        writable = self._stores is not None and (
+            torch.is_inference_mode_enabled() or not self._stores[0].is_inference()
+        )
+        if mine and writable and self._stores is not None and self._stores[0].shape[2] >= need:
+            return self._stores
         capacity = -(-max(need, old + old // 4) // _CHUNK) * _CHUNK
         stores = []
         for new, cached in ((keys, self.keys), (values, self.values)):
             batch, experts, groups, _, size = new.shape
             store = new.new_empty(batch, experts * groups, capacity, size)
-            if old:
+            if old and cached is not None:
                 store[:, :, :old].copy_(cached)
             stores.append(store)
         return stores[0], stores[1]
@@ -73,7 +77,7 @@ class MiCRoCacheLayer(DynamicLayer):
         """Drop the last slots (a count <= 0, as in transformers). The store is kept."""
         mine = self._views is not None and self._views[0] is self.keys
         super().crop(tokens_to_remove)
-        if mine and self.is_initialized:
+        if mine and self.keys is not None and self.values is not None:
             self._views = (self.keys, self.values)
 
     def reset(self) -> None:
@@ -84,7 +88,8 @@ class MiCRoCacheLayer(DynamicLayer):
 
 class MiCRoCache(Cache):
     """Cache of a MiCRo model, for any ``past_key_values``: E experts' keys and values per layer (whole-block experts)
-    or one pair per layer (FFN experts). Slot numbers of official caches are layer * E + expert (model.md 3.1)."""
+    or one pair per layer (FFN experts). Slot numbers of official caches are layer * E + expert (model.md 3.1).
+    """
 
     def __init__(self, config: MiCRoConfig) -> None:
         if not isinstance(config, MiCRoConfig):
@@ -118,7 +123,8 @@ def check_cache(cache: object, config: MiCRoConfig, batch: int) -> Cache:
     if odd := {type(layer).__name__ for layer in cache.layers if type(layer) not in _LAYERS}:
         raise ValueError(f"past_key_values has layers of type {sorted(odd)}; {advice}")
     first = cache.layers[0]
-    if first.is_initialized and first.keys is not None and first.keys.numel():
+    assert isinstance(first, _LAYERS)
+    if first.keys is not None and first.keys.numel():
         have, want = tuple(first.keys.shape[:2]), (batch, config.cache_heads)
         if have != want:
             raise ValueError(
@@ -139,4 +145,4 @@ def append_to_cache(cache: Cache, layer: int, keys: Tensor, values: Tensor, leng
     heads = keys.shape[1:3]
     all_keys, all_values = cache.update(keys.flatten(1, 2), values.flatten(1, 2), layer)
     # A static layer returns its whole buffer; slots that no call has filled are cut off.
-    return tuple(t[:, :, :length].unflatten(1, heads) for t in (all_keys, all_values))  # type: ignore[return-value]
+    return all_keys[:, :, :length].unflatten(1, heads), all_values[:, :, :length].unflatten(1, heads)

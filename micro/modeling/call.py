@@ -101,8 +101,9 @@ def _given_mask(mask: Tensor, rows: int, slots: int, length: int) -> Tensor:
 
 
 def rotary_tables(config: MiCRoConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T,D/2] for positions [T]. Angles are float32; Llama rounds the tables to the model dtype, OLMo-2
-    does not (model.md 2.2)."""
+    """Tables cos and sin [T,D/2] for positions [T]. Angles are float32; Llama rounds the tables to the model dtype,
+    OLMo-2 does not (model.md 2.2).
+    """
     frequencies = ops.rope_frequencies(int(config.head_dim or 0), config.rope_theta_value, config.rope_scaling_value)
     angles = positions[:, None].float() * frequencies.to(positions.device)
     tables = (angles.cos(), angles.sin())

@@ -20,17 +20,17 @@ from micro.modeling.trace import RoutingTrace
 class MiCRoForCausalLM(MiCRoPreTrainedModel, MiCRoGenerationMixin):
     """A MiCRo model that predicts the next token (interface.md 2)."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True
 
     def __init__(self, config: MiCRoConfig) -> None:
         super().__init__(config)
         self.model = MiCRoModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_load_state_dict_pre_hook(keys.stack_official_keys)
-        self.post_init()
+        self.register_load_state_dict_pre_hook(keys.stack_official_keys)  # type: ignore[no-untyped-call]
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -120,7 +120,7 @@ class MiCRoForCausalLM(MiCRoPreTrainedModel, MiCRoGenerationMixin):
 
 
 def kept_slots(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """hidden [B,S,H] -> the last ``keep`` slots (0 = all), or the slots of an index tensor."""
+    """Of hidden [B,S,H] the last ``keep`` slots (0 = all), or the slots of an index tensor."""
     if isinstance(keep, Tensor):
         return hidden[:, keep]
     if isinstance(keep, bool) or keep < 0:

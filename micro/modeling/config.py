@@ -1,4 +1,4 @@
-"""Configuration of a MiCRo model: the backbone's own fields under their Hugging Face names, and those of the experts."""
+"""Configuration of a MiCRo model: the backbone's fields under their Hugging Face names, and those of the experts."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ class MiCRoConfig(PreTrainedConfig):
     rms_norm_eps: float | None = None
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
-    rope_parameters: dict | None = None
+    rope_parameters: dict[str, Any] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | list | None = None
+    eos_token_id: int | list[int] | None = None
 
     num_experts: int = 4
     num_experts_per_tok: int = 1
-    expert_names: list | None = None
+    expert_names: list[str] | None = None
     use_router: bool = True
     router_hidden_size: int | None = None
     router_init: str | None = None
     weight_rule: str = "renormalized"
     jitter_noise: float = 0.0
-    loss_coefficients: dict | None = None
+    loss_coefficients: dict[str, float] | None = None
     aux_pooling: str = "pooled"
     aux_window: str = "mean"
     freeze_pad_row: bool = False
@@ -87,7 +87,7 @@ class MiCRoConfig(PreTrainedConfig):
         if unknown := sorted(set(kwargs) - known):
             raise ValueError(f"MiCRoConfig: unknown fields {unknown}; known are {sorted(self._own_fields())}")
         self._fill_defaults()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.check()
 
     def _own_fields(self) -> list[str]:
@@ -161,8 +161,8 @@ class MiCRoConfig(PreTrainedConfig):
         ]
 
     def _check_sizes(self) -> list[str]:
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        names += ("num_key_value_heads", "head_dim", "router_hidden_size", "num_experts")
+        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        names += ["num_key_value_heads", "head_dim", "router_hidden_size", "num_experts"]
         problems = [
             f"{name} is {value!r}, expected a positive integer"
             for name in names
@@ -221,7 +221,7 @@ class MiCRoConfig(PreTrainedConfig):
             return [f"rope_parameters has unknown entries {unknown}"]
         return []
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write ``config.json``; fields that were assigned after construction are checked first."""
         inherited = set(PreTrainedConfig.__dataclass_fields__) | _INJECTED
         own = {name for name in vars(self) if not name.startswith("_")}

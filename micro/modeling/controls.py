@@ -1,7 +1,7 @@
 """The controls that a user may give to one call, from any of their forms to tensors (model.md 4.2).
 
-Full forms are tensors ``[B|1, L|1, S|1, E]`` (force: without the last axis). Short forms name experts. In ``generate`` a
-control may also be :class:`Phases` or a callable ``f(row, step)``.
+Full forms are tensors ``[B|1, L|1, S|1, E]`` (force: without the last axis). Short forms name experts. In ``generate``
+a control may also be :class:`Phases` or a callable ``f(row, step)``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ StepFunction = Callable[[int, int], Any]
 @dataclass(frozen=True)
 class PerStep:
     """A callable control: ``function(row, step)`` gives a short form for that row; step 0 is the prompt, step n the
-    forward pass of the n-th new token."""
+    forward pass of the n-th new token.
+    """
 
     name: str
     function: StepFunction
@@ -143,7 +144,7 @@ class ControlReader:
             return self._full_form(name, value)
         if isinstance(value, Mapping) and (name != "bias" or self._maps_layers(value)):
             return self._per_layer(name, value)
-        if name != "force" and _is_rows(value) or name in ("force", "bias") and isinstance(value, (list, tuple)):
+        if (name != "force" and _is_rows(value)) or (name in ("force", "bias") and isinstance(value, (list, tuple))):
             if not value:
                 raise ValueError(f"{name}: the list of rows is empty")
             return torch.cat([self._one_row(name, row) for row in value])
@@ -198,7 +199,7 @@ class ControlReader:
         axes = "[B|1, L|1, S|1]" if name == "force" else "[B|1, L|1, S|1, E]"
         if value.dim() != rank:
             raise ValueError(f"{name}: a tensor has rank {value.dim()}, expected {rank}: {axes}")
-        if value.shape[1] not in (1, layers) or name != "force" and value.shape[3] != experts:
+        if value.shape[1] not in (1, layers) or (name != "force" and value.shape[3] != experts):
             raise ValueError(
                 f"{name}: a tensor has shape {list(value.shape)}, expected {axes} with L={layers}, E={experts}"
             )
@@ -288,13 +289,10 @@ class StepReader:
         return self._seen[key]
 
     def _row(self, control: PerStep, row: int, step: int) -> Tensor:
-        value = control.function(row, step)
-        name = control.name
+        name, value = control.name, control.function(row, step)
         if value is None:
-            return self.reader.tensor(
-                "ablate" if name == "keep" else name,
-                {} if name == "bias" else [[]] if name in ("ablate", "keep") else "none",
-            )
+            # Free: nothing ablated (for keep: everything kept), no bias, no expert forced.
+            name, value = ("ablate" if name == "keep" else name), ({} if name == "bias" else "none")
         tensor = self.reader.tensor(name, value)
         if tensor.shape[0] != 1 or tensor.shape[2] != 1:
             raise ValueError(f"{name}: a callable gives the control of one row and one step, got {list(tensor.shape)}")

@@ -33,7 +33,7 @@ class MiCRoAttention(nn.Module):
             self.k_norm = RMSNorm(keys, eps, gain_in_float32=True)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """x [T,H] -> [T,H]: causal attention, as the expert attention with one expert that has every token."""
+        """Causal attention of x [T,H] -> [T,H], as the expert attention with one expert that has every token."""
         heads, groups, size = self.heads
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.olmo:
@@ -45,7 +45,8 @@ class MiCRoAttention(nn.Module):
         if call.cache is not None:
             k, v = append_to_cache(call.cache, self.index, k, v, call.length)
         a = ops.expert_attention(q, k, v, call.tokens, call.whole, slots=call.slots, start=call.start, mask=call.mask)
-        return self.o_proj(a.flatten(1))
+        out: Tensor = self.o_proj(a.flatten(1))
+        return out
 
 
 class MiCRoFFNLayer(GradientCheckpointingLayer):

@@ -1,4 +1,4 @@
-"""Generation: the controls are normalised once on entry and travel as one object; the routing of all steps is gathered."""
+"""Generation: controls are normalised once and travel as one object; the routing of all steps is gathered."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
-from transformers.generation import GenerationConfig
+from transformers.generation.configuration_utils import GenerationConfig
 
 from micro.modeling.cache import MiCRoCache
+from micro.modeling.config import MiCRoConfig
 from micro.modeling.steer import Steering
 from micro.modeling.trace import RoutingTrace
 
@@ -29,10 +30,15 @@ _REFUSED = {
 class MiCRoGenerationMixin(GenerationMixin):
     """``generate`` with steering and routing traces (interface.md 2, model.md 4.5)."""
 
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    config: MiCRoConfig
+
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
         """As in ``transformers``, with the controls of ``forward`` and ``output_routing=True``, which implies
         ``return_dict_in_generate=True`` and adds ``.routing``: prompt + new tokens - 1 slots; for beams, those of the
-        returned sequences."""
+        returned sequences.
+        """
         streamer = kwargs.get("streamer")
         try:
             return self._generate(inputs, generation_config, kwargs)
@@ -50,15 +56,16 @@ class MiCRoGenerationMixin(GenerationMixin):
             if kwargs.get("return_dict_in_generate") is False:
                 raise ValueError("output_routing=True needs return_dict_in_generate=True, which it sets by itself")
             kwargs |= {"output_routing": True, "return_dict_in_generate": True}
-        out = super().generate(inputs, generation_config, **kwargs)
+        parent: Any = super()
+        out = parent.generate(inputs, generation_config, **kwargs)
         if want:
             out["routing"] = _assemble(out, steering)
         return out
 
     def _steering_of_generate(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Steering:
-        """The controls among ``kwargs`` (removed from it) as one object; an assistant model inherits its main model's."""
+        """The controls among ``kwargs`` (removed from it) as one object; an assistant inherits its main model's."""
         controls = {name: kwargs.pop(name) for name in CONTROLS if name in kwargs}
-        steering = kwargs.pop("steering", None)
+        steering: Steering | None = kwargs.pop("steering", None)
         if steering is None:
             steering = Steering.make(self.config, **controls)
         elif both := [name for name, value in controls.items() if value is not None]:
@@ -81,7 +88,8 @@ class MiCRoGenerationMixin(GenerationMixin):
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         steering = kwargs.get("steering")
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        parent: Any = super()
+        input_ids, kwargs = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         if steering is not None and expand_size > 1:
             kwargs["steering"] = steering.repeat(expand_size)
         return input_ids, kwargs
@@ -96,7 +104,8 @@ class MiCRoGenerationMixin(GenerationMixin):
         if own and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MiCRoCache(self.config)
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_static_cache_init_shape(self) -> tuple[int, int]:
         return self.config.cache_heads, int(self.config.head_dim or 0)

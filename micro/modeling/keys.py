@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, WeightTransform
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 from micro.modeling.config import MiCRoConfig
 
@@ -138,7 +138,9 @@ def official_shapes(config: MiCRoConfig) -> dict[str, tuple[int, ...]]:
 
 
 # ---------------------------------------------------------------- transformers' conversion registry
-def disk_mapping(config: MiCRoConfig | None = None, *, prefix: str = "model.") -> list[WeightTransform]:
+def disk_mapping(
+    config: MiCRoConfig | None = None, *, prefix: str = "model."
+) -> list[WeightConverter | WeightRenaming]:
     """Official keys -> memory, as transformers' loader takes it; it is reversed on save.
 
     Without config: the union over families and kinds, good for loading only (two official names of the final norm lead
@@ -148,7 +150,7 @@ def disk_mapping(config: MiCRoConfig | None = None, *, prefix: str = "model.") -
     norms = ("final_norm", "norm") if config is None else (final_norm_key(config).split(".")[0],)
     routers = {True: (r"\.gate\.",), False: (r"\.block_sparse_moe\.gate\.",)}
     kinds = (False, True) if config is None else (config.is_block,)
-    mapping: list[WeightTransform] = [
+    mapping: list[WeightConverter | WeightRenaming] = [
         WeightRenaming(rf"^{name}\.", rf"^{p}norm\.") for name in norms if prefix or name != "norm"
     ]
     if prefix:
@@ -227,7 +229,8 @@ def file_dtype(headers: Mapping[str, Header]) -> torch.dtype:
 
 def compare_headers(config: MiCRoConfig, headers: Mapping[str, Header], *, head: bool = True) -> list[str]:
     """Every missing, unexpected or mis-shaped tensor, in official names. ``head=False``: a headless model, for which
-    ``lm_head.weight`` may be there or not."""
+    ``lm_head.weight`` may be there or not.
+    """
     want = official_shapes(config)
     have = {name: header.shape for name, header in headers.items()}
     optional = set() if head else {"lm_head.weight"}

@@ -21,8 +21,9 @@ class StackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """x [N,in], offsets int32 [E+1] -> [N,out]; or x [E|1,T,in] -> [E,T,out], experts without rows in ``offsets``
-        skipped (their output is 0)."""
+        """Rows x [N,in], offsets int32 [E+1] -> [N,out]; or x [E|1,T,in] -> [E,T,out], where experts without rows in
+        ``offsets`` are skipped (their output is 0).
+        """
         if self.rows:
             assert offsets is not None
             return ops.expert_linear(x, self.weight, offsets)
@@ -59,7 +60,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., size] -> same shape and dtype."""
+        """Normalised x [..., size], same shape and dtype."""
         return ops.rms_norm(x, self.weight[None], eps=self.eps, gain_in_float32=self.gain_in_float32)
 
     def extra_repr(self) -> str:
@@ -77,15 +78,18 @@ class _Touch(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
         parameters = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad, *(torch.zeros_like(p) for p in parameters)
 
 
 def touch(x: Tensor, module: nn.Module) -> Tensor:
-    """x itself, with a defined zero gradient for every trainable parameter of ``module`` (model.md 2.10.3).
+    """The tensor x itself, with a defined zero gradient for every trainable parameter of ``module`` (model.md 2.10.3).
 
     Distributed reducers stop at parameters without gradient, and AdamW would not decay their moments.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
-    return _Touch.apply(x, *trainable) if trainable and torch.is_grad_enabled() else x
+    if not trainable or not torch.is_grad_enabled():
+        return x
+    touched: Tensor = _Touch.apply(x, *trainable)  # type: ignore[no-untyped-call]
+    return touched

@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 def shifted_targets(labels: Tensor) -> Tensor:
-    """labels [B,S] -> targets [B*S]: the id at s + 1, ignored at the end of each row (model.md 7.1)."""
+    """From labels [B,S] to targets [B*S]: the id at s + 1, ignored at the end of each row (model.md 7.1)."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
 
 
@@ -47,8 +47,9 @@ def language_loss(
 
 def is_plain_head(head: nn.Module) -> bool:
     """Whether the head is its weight and nothing else: no adapter, hook, bias or parametrisation."""
-    hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    return type(head) is nn.Linear and head.bias is None and not hooked
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    return vars(head).get("forward") is None and head._parameters.get("bias") is None
 
 
 def needs_raw_logits(config: MiCRoConfig, has_labels: bool) -> bool:
@@ -103,7 +104,8 @@ def _scaled(value: Tensor, share: Tensor | float) -> Tensor:
 
 def window_share(config: MiCRoConfig, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
     """Part of an accumulation window that this micro-batch is, by targets counted as ``num_items`` counts them, before
-    the shift. 1 without a window, or with ``aux_window="sum"`` (the official behaviour, model.md 7.2)."""
+    the shift. 1 without a window, or with ``aux_window="sum"`` (the official behaviour, model.md 7.2).
+    """
     if num_items is None or labels is None or config.aux_window == "sum":
         return 1.0
     count = num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items

@@ -36,11 +36,11 @@ class MiCRoPreTrainedModel(PreTrainedModel):
     config: MiCRoConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MiCRoBlockLayer", "MiCRoFFNLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["MiCRoBlockLayer", "MiCRoFFNLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     # Tokenizer and licence files, and the receipt of upcycling, as they were read; saved with the model.
-    companions: dict[str, bytes] = {}
+    companions: dict[str, bytes] = {}  # noqa: RUF012
     upcycle_receipt: UpcycleReceipt | None = None
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class MiCRoPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
 
     def reset_routers(self, generator: torch.Generator | None = None, rule: str | None = None) -> None:
-        """Draw all routers anew: rule "uniform" or "normal" (None: the config's), from ``generator`` (model.md 2.13)."""
+        """Draw all routers anew, rule "uniform" or "normal" (None: the config's), from a generator (model.md 2.13)."""
         rule = rule or str(self.config.router_init)
         if rule not in ("uniform", "normal"):
             raise ValueError(f'rule is {rule!r}, expected "uniform" or "normal"')
@@ -75,19 +75,20 @@ class MiCRoPreTrainedModel(PreTrainedModel):
                 yield name, parameter[index]
 
     # ------------------------------------------------------------------ files
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write official key names, one tensor per expert, and the config; see ``transformers`` for the arguments."""
         headless = not hasattr(self, "lm_head")
         self.config.check()
         # The loader keeps only the conversions it used; what is written is always the full official naming.
         self._weight_conversions = keys.disk_mapping(self.config, prefix="" if headless else "model.")
         super().save_pretrained(save_directory, *args, **kwargs)
-        write_companions(self.companions, save_directory)
+        write_companions(self.companions, os.fspath(save_directory))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in ``transformers``, but strict: names, shapes and dtype are compared by file headers before anything is
-        loaded, and ``dtype=None`` or "auto" is the dtype of the tensors, whatever the config says."""
+        loaded, and ``dtype=None`` or "auto" is the dtype of the tensors, whatever the config says.
+        """
         want_info = kwargs.pop("output_loading_info", False)
         folder = _local_folder(pretrained_model_name_or_path, kwargs)
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
@@ -97,9 +98,10 @@ class MiCRoPreTrainedModel(PreTrainedModel):
                 config = MiCRoConfig.from_pretrained(folder)
             found = keys.check_folder(config, folder, head=cls._has_head())
             dtype = found if dtype in (None, "auto") else dtype
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, dtype=dtype, **kwargs
         )
+        model, info = loaded
         _refuse_partial_load(pretrained_model_name_or_path, info, head=cls._has_head())
         if folder is not None:
             model.companions = read_companions(folder)
@@ -115,11 +117,11 @@ def _local_folder(path: Any, kwargs: dict[str, Any]) -> Path | None:
     """The folder whose files will be read, if it is on this disk."""
     if path is None or not os.path.isdir(path) or kwargs.get("gguf_file"):
         return None
-    return Path(path) / kwargs.get("subfolder", "")
+    return Path(path, kwargs.get("subfolder", ""))
 
 
 def _refuse_partial_load(path: Any, info: dict[str, Any], *, head: bool) -> None:
-    """transformers reports missing and unexpected tensors and goes on; here they are an error."""
+    """Missing and unexpected tensors are an error here; transformers reports them and goes on."""
     problems = {name: set(info.get(name) or ()) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if not head:
         problems["unexpected_keys"] -= {"lm_head.weight"}
@@ -132,7 +134,7 @@ def _refuse_partial_load(path: Any, info: dict[str, Any], *, head: bool) -> None
 class MiCRoModel(MiCRoPreTrainedModel):
     """Embedding, L layers, final norm."""
 
-    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
+    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]  # noqa: RUF012
 
     def __init__(self, config: MiCRoConfig) -> None:
         super().__init__(config)
@@ -145,10 +147,10 @@ class MiCRoModel(MiCRoPreTrainedModel):
         self.gradient_checkpointing = False
         # Where jitter draws its seeds from; None: torch's default CPU generator.
         self.jitter_generator: torch.Generator | None = None
-        self.register_load_state_dict_pre_hook(keys.stack_official_keys)
-        self.post_init()
+        self.register_load_state_dict_pre_hook(keys.stack_official_keys)  # type: ignore[no-untyped-call]
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,

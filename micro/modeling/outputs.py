@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class MiCRoModelOutputWithPast(BaseModelOutputWithPast):
     """Output of the headless model. ``router_logits``: L tensors [B*S,E], effective logits (the given rows under label
     routing); ``raw_router_logits``: before steering, None where the router did not run;
-    ``routing_labels``: int64 [B,S] with -1 resolved; ``real``: bool [B*S], None = no padding."""
+    ``routing_labels``: int64 [B,S] with -1 resolved; ``real``: bool [B*S], None = no padding.
+    """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
     router_probs: tuple[torch.Tensor, ...] | None = None

@@ -11,7 +11,8 @@ from micro.modeling.config import MiCRoConfig
 
 class RouterMap(nn.Linear):
     """One of a router's two maps. A class of its own, because routers start otherwise than other linear layers and
-    transformers initialises each module by its class."""
+    transformers initialises each module by its class.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -32,11 +33,12 @@ class MiCRoRouter(nn.Module):
         self._folded: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T,H] -> logits [T,E] in the model dtype (fast numerics without gradient: float32)."""
+        """Of x [T,H] the logits [T,E], in the model dtype (fast numerics without gradient: float32)."""
         if self.fold and not torch.is_grad_enabled() and self._foldable():
             weight = self._folded_weight()
             return nn.functional.linear(x.to(weight.dtype), weight)
-        return self.out_proj(self.in_proj(x))
+        logits: Tensor = self.out_proj(self.in_proj(x))
+        return logits
 
     def _foldable(self) -> bool:
         """An adapter or hook on one of the two maps must run, so only plain maps are folded."""
@@ -54,7 +56,8 @@ class MiCRoRouter(nn.Module):
 @torch.no_grad()
 def initialize_router_map(layer: RouterMap, rule: str, std: float, generator: torch.Generator | None = None) -> None:
     """Random start of one map (model.md 2.13): ``uniform`` +-1/sqrt(fan-in), torch's default for linear layers, or
-    ``normal`` with standard deviation ``std``. A parameter that a loader has filled is left alone."""
+    ``normal`` with standard deviation ``std``. A parameter that a loader has filled is left alone.
+    """
     if rule == "uniform":
         bound = layer.in_features**-0.5
         init.uniform_(layer.weight, -bound, bound, generator=generator)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Steering:
-    """Normalised controls of one call or one ``generate`` (interface.md 2). Not a tensor, so that ``generate`` leaves it
-    alone; its rows are expanded by :meth:`repeat`.
+    """Normalised controls of one call or one ``generate`` (interface.md 2). Not a tensor, so that ``generate`` leaves
+    it alone; its rows are expanded by :meth:`repeat`.
 
     ablate, bias, force: several controls, outermost first (context managers, then the argument): union, sum, innermost
     wins. labels int64 [B,S] or [B] (-1 resolved at binding), weights float [B,S,E] or [B,E]; origin: absolute slot of
@@ -72,7 +72,9 @@ class Steering:
         by_labels = _who_routes(config, routing_labels, routing_weights, route_by)
         return cls(
             config,
-            *(tuple(read[name]) for name in ("ablate", "bias", "force")),
+            ablate=tuple(read["ablate"]),
+            bias=tuple(read["bias"]),
+            force=tuple(read["force"]),
             labels=_check_labels(routing_labels),
             weights=_check_weights(routing_weights, config.num_experts),
             by_labels=by_labels,
@@ -100,13 +102,14 @@ class Steering:
                 return TensorPhases(repeated(value.prompt), repeated(value.answer))
             return value
 
-        controls = {name: tuple(map(repeated, getattr(self, name))) for name in ("ablate", "bias", "force")}
         trace = self.replay
         if trace is not None and trace.ids.shape[1] > 1:
             trace = trace.rows(torch.arange(trace.ids.shape[1]).repeat_interleave(count))
         return replace(
             self,
-            **controls,
+            ablate=tuple(map(repeated, self.ablate)),
+            bias=tuple(map(repeated, self.bias)),
+            force=tuple(map(repeated, self.force)),
             labels=repeated(self.labels),
             weights=repeated(self.weights),
             replay=trace,
@@ -117,7 +120,8 @@ class Steering:
     # ------------------------------------------------------------------ binding
     def bind(self, rows: int, slots: int, start: int, real: Tensor | None, like: Tensor) -> BoundSteering:
         """The controls for B rows of S slots from absolute slot ``start`` on; real bool [B*S] or None; device and dtype
-        as ``like``. Raises for every contradiction at a real slot, before anything is computed (model.md 4.4)."""
+        as ``like``. Raises for every contradiction at a real slot, before anything is computed (model.md 4.4).
+        """
         from micro.modeling.bound import BoundSteering
 
         return BoundSteering(self, rows, slots, start, None if real is None else real.view(rows, slots), like)

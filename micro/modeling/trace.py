@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class RoutingTrace:
         layers, rows, slots, k = self.ids.shape
         experts = self.probs.shape[-1]
         want = {"weights": (layers, rows, slots, k), "mask": (rows, slots)}
-        want |= {name: (layers, rows, slots, experts) for name in ("probs", "logits", "raw_logits")}
+        want |= dict.fromkeys(("probs", "logits", "raw_logits"), (layers, rows, slots, experts))
         for name, shape in want.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"RoutingTrace: {name} is {list(getattr(self, name).shape)}, expected {list(shape)}")
@@ -95,7 +96,7 @@ class RoutingTrace:
     @classmethod
     def cat(cls, parts: Sequence[RoutingTrace], prompt_length: int) -> RoutingTrace:
         """Traces of consecutive slots of the same rows as one."""
-        for before, after in zip(parts, parts[1:], strict=False):
+        for before, after in pairwise(parts):
             if before.start + before.ids.shape[2] != after.start:
                 raise ValueError(
                     f"RoutingTrace.cat: a part ends before slot {before.start + before.ids.shape[2]}, "
@@ -107,7 +108,8 @@ class RoutingTrace:
     # ------------------------------------------------------------------ numbers
     def usage(self, by: Literal["layer", "token"] | None = None) -> Tensor:
         """Share of each expert over real tokens: [E] over everything, [L,E] by layer, [B,S,E] by token (mean over
-        layers, 0 at padding). K = 1 counts choices; K > 1 averages probabilities (model.md 9.1)."""
+        layers, 0 at padding). K = 1 counts choices; K > 1 averages probabilities (model.md 9.1).
+        """
         share = self.probs
         if self.ids.shape[-1] == 1:
             share = torch.nn.functional.one_hot(self.ids[..., 0].long(), self.num_experts).to(share.dtype)
@@ -127,8 +129,7 @@ class RoutingTrace:
         return torch.where(real > 0, h, 0).sum((1, 2)) / real.sum().clamp(min=1)
 
     def to_frame(self) -> pandas.DataFrame:
-        """One line per layer, row, slot and choice: layer, row, slot (absolute), part, rank, expert, name, weight, prob.
-        Padding is left out."""
+        """One line per choice: layer, row, slot (absolute), part, rank, expert, name, weight, prob. No padding."""
         try:
             import pandas as pd
         except ImportError as error:
@@ -165,7 +166,7 @@ class RoutingTrace:
         for name in _AXES:
             tensor = getattr(self, name).detach().cpu()
             arrays[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        about = {"format": 1, "start": self.start, "prompt_length": self.prompt_length}
+        about: dict[str, Any] = {"format": 1, "start": self.start, "prompt_length": self.prompt_length}
         about |= {"dtypes": dtypes, "expert_names": self.expert_names}
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

@@ -38,7 +38,8 @@ class Shape(Protocol):
 @dataclass
 class ReferenceOutput:
     """logits [B,S,V]; hidden: L + 1 tensors [B,S,H]; per layer: raw and effective router logits and probabilities
-    [B,S,E], ids and weights [B,S,K]."""
+    [B,S,E], ids and weights [B,S,K].
+    """
 
     logits: Tensor
     hidden: list[Tensor]
@@ -70,8 +71,9 @@ class ReferenceModel:
         force: Tensor | None = None,
         ids: list[Tensor] | None = None,
     ) -> ReferenceOutput:
-        """rows [B,S,E] replace probabilities; ablate bool and bias broadcast to [B,L,S,E], force int (-1 free) to
-        [B,L,S]; ids (L tensors [B,S,K]) are taken as choices."""
+        """Given rows [B,S,E] replace probabilities; ablate bool and bias broadcast to [B,L,S,E], force int (-1 free) to
+        [B,L,S]; ids (L tensors [B,S,K]) are taken as choices.
+        """
         batch, slots = input_ids.shape
         x = self.state["embed_tokens.weight"][input_ids]
         if position_ids is None:
@@ -160,10 +162,11 @@ class ReferenceModel:
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(c.head_dim)
         scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
         p = scores.softmax(-1) * visible[:, None].any(-1, keepdim=True)
-        return (p @ v).transpose(1, 2).flatten(2) @ self._w(own + "o_proj").T
+        out: Tensor = (p @ v).transpose(1, 2).flatten(2) @ self._w(own + "o_proj").T
+        return out
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [B,1,S,D/2]; angles in float32."""
+        """Tables cos and sin, [B,1,S,D/2]; angles in float32."""
         rope, d = self.config.rope_parameters, self.config.head_dim
         exponents = torch.arange(0, d, 2, dtype=torch.float32) / d
         f = 1.0 / (float(rope["rope_theta"]) ** exponents)
