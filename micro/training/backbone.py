@@ -61,15 +61,15 @@ def _open_mixture(recipe: Recipe, folder: Path, dtype: torch.dtype) -> tuple[Any
     model = micro.load(folder, dtype=dtype)
     if model.config.block_type != recipe.kind or model.config.num_experts != recipe.num_experts:
         raise ValueError(
-            f"{folder}: holds {model.config.num_experts} experts of kind {model.config.block_type!r}, but the recipe says "
-            f"{recipe.num_experts} of kind {recipe.kind!r}"
+            f"{folder}: holds {model.config.num_experts} experts of kind {model.config.block_type!r}, but the recipe "
+            f"says {recipe.num_experts} of kind {recipe.kind!r}"
         )
     return model, read_tokenizer(folder)
 
 
 def tokenizer_of(companions: dict[str, bytes], name: str) -> Any:
     """The tokenizer among the files that travel with a model. Errors: ValueError where there is none."""
-    from micro.convert.folders import write_companions
+    from micro.modeling.companions import write_companions
 
     if not any(file.startswith(("tokenizer", "vocab")) for file in companions):
         raise ValueError(f"{name}: no tokenizer files stand beside the model; a run needs them")
@@ -118,8 +118,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def tiny_backbone(seed: int) -> tuple[Any, Any]:
-    """A random Llama-shaped model of about 0.2 M parameters and a byte-level tokenizer: for trying a recipe in seconds.
-    """
+    """A random Llama-shaped model of 0.1 M parameters and a byte-level tokenizer: for trying a recipe in seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from micro.testing.tokenizers import tiny_tokenizer

@@ -106,7 +106,7 @@ def check(folder: Path) -> None:
     """Refuse an incomplete checkpoint. Errors: CheckpointError that lists every problem."""
     if found := problems(folder):
         raise CheckpointError(
-            f"{folder}: cannot resume from this checkpoint: {'; '.join(found)}. Resume from an earlier one, or start anew"
+            f"{folder}: cannot resume from this checkpoint: {'; '.join(found)}. Resume from an earlier one"
         )
 
 

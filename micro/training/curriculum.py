@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from micro._native import core
+from micro import _native  # noqa: F401  (loads libmicro, which micro._C needs)
+from micro._C import Curriculum, FreezeRule, Stage
 
 if TYPE_CHECKING:
     from .recipe import Recipe, ResolvedStage
 
-Curriculum = core.Curriculum
-FreezeRule = core.FreezeRule
-Stage = core.Stage
+__all__ = ["Curriculum", "FreezeRule", "Stage", "build_curriculum"]
 
 # A recipe's word in the words of the published run files, by freeze rule (model.md 6.1).
 _WORDS = {
@@ -28,7 +27,7 @@ _WORDS["r2"] = {**_WORDS["r1"], "experts": ["model", "experts"]}
 
 def build_curriculum(
     recipe: Recipe, stages: Sequence[ResolvedStage], steps: Sequence[int], *, start: int = 0
-) -> core.Curriculum:
+) -> Curriculum:
     """The curriculum of a recipe, standing at the first step of stage `start`. steps: optimizer steps of each stage."""
     from .recipe import aux_window
 

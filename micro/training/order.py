@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,12 @@ LANGUAGE = -1  # a routing label that means "the language expert" (model.md 2.9)
 
 
 class Row(TypedDict):
-    """One encoded row, as ``micro.data.encode`` returns it."""
+    """One encoded row, as ``micro.data.encode`` returns it, or ``encode_chat``, without routing labels."""
 
     input_ids: list[int]
     attention_mask: list[int]
     labels: list[int]
-    routing_labels: list[int]
+    routing_labels: NotRequired[list[int]]
 
 
 class RowBuilder:
@@ -34,6 +34,7 @@ class RowBuilder:
         self._ids: list[NDArray[np.int32]] = []
         self._trained: list[NDArray[np.bool_]] = []
         self._routing: list[NDArray[np.int8]] = []
+        self._labelled = True
 
     def add(self, row: Mapping[str, Sequence[int]]) -> None:
         """Add one row. Labels must be the ids or -100: that is what every mask of model.md 8.5 gives."""
@@ -43,6 +44,7 @@ class RowBuilder:
         if not np.array_equal(labels[trained], ids[trained]):
             raise ValueError("a row's labels must be its input_ids, or -100 where nothing is trained")
         routing = row.get("routing_labels")
+        self._labelled &= routing is not None
         self._ids.append(ids)
         self._trained.append(trained)
         self._routing.append(np.full(len(ids), LANGUAGE, np.int8) if routing is None else np.asarray(routing, np.int8))
@@ -52,21 +54,22 @@ class RowBuilder:
 
     def repeat(self, begin: int, times: int) -> None:
         """Take the rows from `begin` on `times` times in all."""
-        for parts in (self._ids, self._trained, self._routing):
-            parts.extend(parts[begin:] * (times - 1))  # type: ignore[attr-defined]
+        self._ids += self._ids[begin:] * (times - 1)
+        self._trained += self._trained[begin:] * (times - 1)
+        self._routing += self._routing[begin:] * (times - 1)
 
     def build(self, *, random_labels: int = 0, seed: int = 0) -> Rows:
         """All rows added so far; the builder is empty afterwards."""
         lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        join = lambda parts, dtype: np.concatenate(parts) if parts else np.empty(0, dtype)  # noqa: E731
         rows = Rows(
-            join(self._ids, np.int32),
-            join(self._trained, np.bool_),
-            join(self._routing, np.int8),
+            np.concatenate([np.empty(0, np.int32), *self._ids]),
+            np.concatenate([np.empty(0, np.bool_), *self._trained]),
+            np.concatenate([np.empty(0, np.int8), *self._routing]),
             starts,
-            random_labels,
-            seed,
+            labelled=self._labelled or random_labels > 0,
+            random_labels=random_labels,
+            seed=seed,
         )
         self._ids, self._trained, self._routing = [], [], []
         return rows
@@ -75,8 +78,9 @@ class RowBuilder:
 class Rows(Dataset[Row]):
     """Encoded rows of a stage.
 
-    random_labels: 0, or the number of experts: then every token's routing label is drawn uniformly, again at every
-    visit, from a generator seeded by (seed, epoch, row) (model.md 6.4).
+    labelled: whether every row has routing labels; if not, none is given out. random_labels: 0, or the number of
+    experts: then every token's routing label is drawn uniformly, again at every visit, from a generator seeded by
+    (seed, epoch, row) (model.md 6.4).
     """
 
     def __init__(
@@ -85,11 +89,13 @@ class Rows(Dataset[Row]):
         trained: NDArray[np.bool_],
         routing: NDArray[np.int8],
         starts: NDArray[np.int64],
+        *,
+        labelled: bool = True,
         random_labels: int = 0,
         seed: int = 0,
     ) -> None:
         self.ids, self.trained, self.routing, self.starts = ids, trained, routing, starts
-        self.random_labels, self.seed, self.epoch = random_labels, seed, 0
+        self.labelled, self.random_labels, self.seed, self.epoch = labelled, random_labels, seed, 0
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -97,17 +103,18 @@ class Rows(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         begin, end = int(self.starts[index]), int(self.starts[index + 1])
         ids = self.ids[begin:end]
+        routing = self.routing[begin:end]
         if self.random_labels:
             generator = np.random.default_rng([self.seed, self.epoch, index])
-            routing = generator.integers(0, self.random_labels, end - begin)
-        else:
-            routing = self.routing[begin:end]
-        return {
+            routing = generator.integers(0, self.random_labels, end - begin, dtype=np.int8)
+        row: Row = {
             "input_ids": ids.tolist(),
             "attention_mask": [1] * (end - begin),
             "labels": np.where(self.trained[begin:end], ids, IGNORED).tolist(),
-            "routing_labels": routing.tolist(),
         }
+        if self.labelled:
+            row["routing_labels"] = routing.tolist()
+        return row
 
     def set_epoch(self, epoch: int) -> None:
         """The pass over the data that follows; only random labels depend on it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ _COST_ROWS: list[tuple[str, Callable[[StagePlan], str]]] = [
     ("tokens", lambda stage: f"{stage.tokens:,}"),
     ("trained on", lambda stage: f"{stage.targets:,}"),
     *(
-        (f"memory: {part}", lambda stage, part=part: size(stage.memory[part]))  # type: ignore[misc]
+        (f"memory: {part}", lambda stage, part=part: size(stage.memory[part]))
         for part in ("weights", "gradients", "optimizer", "activations", "total")
     ),
     ("checkpoints kept", lambda stage: f"{stage.checkpoints} x {size(stage.checkpoint_bytes)}"),
@@ -115,7 +115,7 @@ def make_plan(
     model: Any,
     stages: list[ResolvedStage],
     data: list[StageData],
-    trains: list[Callable[[str], bool]],
+    trains: Sequence[Callable[[str], bool]],
     processes: int,
 ) -> Plan:
     """The plan of a run. trains[i](name): whether stage i trains a parameter.
@@ -234,8 +234,8 @@ def check_disk(plan: Plan, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if plan.disk > free:
         raise ValueError(
-            f"{folder}: the run needs {size(plan.disk)} on disk and {size(free)} are free: save less often (save_every), "
-            "keep fewer checkpoints (keep_last), or set keep_stage_models=false"
+            f"{folder}: the run needs {size(plan.disk)} on disk and {size(free)} are free: save less often "
+            "(save_every), keep fewer checkpoints (keep_last), or set keep_stage_models=false"
         )
 
 

@@ -110,6 +110,16 @@ class _Run:
     # ---- from start to end ------------------------------------------------------------------------------------------
 
     def execute(self, resume: bool | str | Path | None, dry_run: bool) -> RunResult:
+        """Run, or plan only; see ``run``."""
+        # Every stage ends with a collection, so that nothing of its optimizer stays; what stands already need not be
+        # looked through each time.
+        gc.freeze()
+        try:
+            return self._execute(resume, dry_run)
+        finally:
+            gc.unfreeze()
+
+    def _execute(self, resume: bool | str | Path | None, dry_run: bool) -> RunResult:
         stored = None if dry_run else self._stored(resume)
         place = self._place(resume) if stored else _Place(0)
         self._open_model(place)
@@ -197,19 +207,23 @@ class _Run:
         return self.folder / MODEL if last else self.folder / self.stages[index].folder / MODEL
 
     def _open_model(self, place: _Place) -> None:
-        if place.model is None:
-            self.model, self.tokenizer = backbone.start(self.recipe)
-        else:
-            self.model, self.tokenizer = backbone.reopen(place.model, self.recipe)
+        with backbone.quiet_transformers():
+            self.model, self.tokenizer = (
+                backbone.start(self.recipe) if place.model is None else backbone.reopen(place.model, self.recipe)
+            )
         config = self.model.config
         if self.recipe.kind != "dense":
             config.aux_window, config.aux_pooling = aux_window(self.recipe), self.recipe.aux_pooling
             config.freeze_pad_row = freeze_pad_row(self.recipe)
+            # An embedding reads its padding row when it is made, which was before the recipe had a say.
+            self.model.get_input_embeddings().padding_idx = config.pad_token_id if config.freeze_pad_row else None
             config.num_experts_per_tok = self.stages[-1].experts_per_token
             config.loss_coefficients = {}
         config.use_cache = True
         if self.recipe.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The old name of the method, for transformers before 5.2x; the new one warns about it.
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
 
     def _plan(self, data: list[StageData]) -> Plan:
         trains = []
@@ -276,12 +290,12 @@ class _Run:
         report = ReportCallback(
             trainer, label, writer, log_every=self.recipe.log_every, quiet=self.quiet or not self.main
         )
+        for callback in self.callbacks:  # before ours, so that what they ask for happens at the end of the same step
+            trainer.add_callback(callback)
         trainer.add_callback(
             SaveCallback(parse_save_every(self.recipe.save_every), self.folder / TRIGGER, self.stopper)
         )
         trainer.add_callback(report)
-        for callback in self.callbacks:
-            trainer.add_callback(callback)
         trainer.loaded_from = checkpoint
         try:
             with backbone.quiet_transformers():
@@ -345,16 +359,11 @@ class _Run:
 
     def _release(self, trainer: MiCRoTrainer) -> None:
         """Free the optimizer's state and gradients before the next stage makes its own."""
-        trainer.accelerator.free_memory()
-        trainer.optimizer = trainer.lr_scheduler = None
-        trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
-        trainer.model_wrapped = trainer.model
+        trainer.release()
         self.model.zero_grad(set_to_none=True)
         self.model.config.use_cache = trainer.use_cache
         if self.recipe.kind != "dense":
             self.model.config.loss_coefficients = {}
-        del trainer
-        gc.collect()
 
     def _finish_stage(self, index: int) -> None:
         """Write the stage's model; the one before it goes, if the recipe says so."""

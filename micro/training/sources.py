@@ -4,97 +4,94 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .order import RowBuilder, Rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .recipe import ResolvedStage, Source
+
+KEPT = ("encoded", "truncated", "answer_cut")  # counts of rows that are trained on
+LABEL_OPTIONS = ("label_tokenisation", "last_span", "truncation")  # options of labelled answers only
 
 
 @dataclass
 class StageData:
-    """The rows of a stage. dropped: rows that could not be encoded (no answer left, no template found).
+    """The rows of a stage.
 
-    hashes: SHA-256 of every source file; tokens_sha256: of everything that training sees.
+    counts: of encoding, by reason: "encoded", "truncated", "answer_cut", and the reasons why rows were dropped. hashes:
+    SHA-256 of every source file.
     """
 
     rows: Rows
-    dropped: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     hashes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def dropped(self) -> int:
+        """Rows that could not be encoded: no answer left, no template found."""
+        return sum(count for name, count in self.counts.items() if name not in KEPT)
+
     def to_dict(self) -> dict[str, Any]:
-        """For run.json."""
+        """For run.json; tokens_sha256 is the hash of everything that training sees."""
         return {
             "rows": len(self.rows),
             "tokens": self.rows.tokens,
             "targets": self.rows.targets,
-            "dropped": self.dropped,
+            "counts": dict(self.counts),
             "files_sha256": self.hashes,
             "tokens_sha256": self.rows.digest(),
         }
 
 
-def load_stage_data(stage: ResolvedStage, tokenizer: PreTrainedTokenizerBase, *, experts: int, seed: int) -> StageData:
+def load_stage_data(stage: ResolvedStage, tokenizer: Any, *, experts: int, seed: int) -> StageData:
     """Read, generate and encode the sources of a stage, in order; the sampler shuffles.
 
-    experts: of the model, for random labels. Errors: what ``micro.data`` raises, ValueError where no row is left.
+    tokenizer: a fast one. experts: of the model, for random labels. Errors: what ``micro.data`` raises; ValueError where
+    no row is left, or where labels are asked for that the rows do not have.
     """
-    builder, dropped, hashes = RowBuilder(), 0, {}
+    builder = RowBuilder()
+    counts: Counter[str] = Counter()
+    hashes = {}
     for source in stage.sources:
         begin = len(builder)
-        for row in _encoded(source, stage, tokenizer):
-            if row is None:
-                dropped += 1
-            else:
+        for row in _encoded(source, stage, tokenizer, counts):
+            if row is not None:
                 builder.add(row)
         builder.repeat(begin, source.repeat)
         hashes[source_name(source)] = source_hash(source)
     if not len(builder):
+        reasons = ", ".join(f"{count} {name}" for name, count in counts.items()) or "the sources are empty"
         raise ValueError(
-            f"stage {stage.name!r}: no row is left to train on ({dropped} dropped): check the files with `micro data "
-            f"validate`, and max_length ({stage.max_length})"
+            f"stage {stage.name!r}: no row is left to train on ({reasons}): check the files with `micro data validate`, "
+            f"and max_length ({stage.max_length})"
         )
-    rows_of_stage = builder.build(random_labels=experts if stage.random_labels else 0, seed=seed + stage.index)
-    if not rows_of_stage.targets:
-        raise ValueError(f"stage {stage.name!r}: no token of the answers is left at max_length {stage.max_length}")
-    return StageData(rows_of_stage, dropped, hashes)
+    rows = builder.build(random_labels=experts if stage.random_labels else 0, seed=seed + stage.index)
+    if not rows.labelled and (stage.route_by == "labels" or "label_loss" in stage.losses):
+        raise ValueError(f"stage {stage.name!r}: asks for routing labels, but some of its rows (chats) have none")
+    return StageData(rows, counts, hashes)
 
 
 def _encoded(
-    source: Source, stage: ResolvedStage, tokenizer: PreTrainedTokenizerBase
+    source: Source, stage: ResolvedStage, tokenizer: Any, counts: Counter[str]
 ) -> Iterator[Mapping[str, list[int]] | None]:
     from micro import data
 
     options = {"max_length": stage.max_length, **stage.encoding}
     if is_chat(source):
         assert source.path is not None
-        keep = {
-            "mask",
-            "double_bos",
-            "template_date",
-            "missing_template",
-            "special_text",
-            "max_length",
-            "preset",
-            "response_template",
-        }
-        options = {name: value for name, value in options.items() if name in keep}
-        for index, chat in enumerate(data.iter_chat(source.path)):
-            if source.limit is not None and index >= source.limit:
-                return
-            yield data.encode_chat(chat.messages, tokenizer, **options)
+        options = {name: value for name, value in options.items() if name not in LABEL_OPTIONS}
+        for chat in islice(data.iter_chat(source.path), source.limit):
+            yield data.encode_chat(chat.messages, tokenizer, counts=counts, **options)
         return
     records = _generated(source) if source.generate else data.iter_records(str(source.path))
-    for index, record in enumerate(records):
-        if source.limit is not None and index >= source.limit:
-            return
-        yield data.encode(record, tokenizer, **options)
+    for record in islice(records, source.limit):
+        yield data.encode(record, tokenizer, counts=counts, **options)
 
 
 def _generated(source: Source) -> Iterator[Any]:

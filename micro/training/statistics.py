@@ -57,7 +57,7 @@ class RoutingStatistics:
 
     @torch.no_grad()
     def add_labels(self, routing_labels: Tensor, mask: Tensor) -> None:
-        """Add one micro batch that labels routed, int64 [B,S] with mask [B,S]: the same load in all layers, no doubt."""
+        """Add one micro batch that labels routed, int64 [B,S] with mask [B,S]: the same load in all layers."""
         chosen = self._resolved(routing_labels)
         counts = torch.bincount(chosen, mask.reshape(-1).float(), self.experts).expand(self.layers, -1)
         self._pairs = _sum(self._pairs, counts)

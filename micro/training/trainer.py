@@ -72,9 +72,9 @@ class MiCRoTrainer(Trainer):
     """``transformers.Trainer`` for MiCRo and dense models.
 
     curriculum: a ``micro.Curriculum`` standing in the stage to train, or None. tokenizer: is written beside the weights
-    of every checkpoint; unlike `processing_class` it changes no token of the model's config. All other arguments are the Trainer's. A
-    data set of class ``Rows`` is visited in the order of ``WindowSampler``. How auxiliary losses of a window add up is
-    the config's `aux_window`.
+    of every checkpoint; unlike `processing_class` it changes no token of the model's config. Other arguments are the
+    Trainer's. A data set of class ``Rows`` is visited in the order of ``WindowSampler``. How auxiliary losses of a
+    window add up is the config's `aux_window`.
     """
 
     # What the Trainer leaves open, this class knows.
@@ -266,7 +266,7 @@ class MiCRoTrainer(Trainer):
         )
         self._own_optimizer = True
         self.optimizer = self._adamw
-        return self.optimizer
+        return self._adamw
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The curriculum's schedule; without a curriculum the Trainer's."""
@@ -276,6 +276,15 @@ class MiCRoTrainer(Trainer):
             self.lr_scheduler = CurriculumSchedule(optimizer or self.optimizer, self.curriculum)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def release(self) -> None:
+        """Let go of the optimizer and all that wraps it; the model stays. The trainer cannot train afterwards."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.model_wrapped = self.model
+        if self._own_optimizer:
+            del self._adamw
+        self.accelerator.free_memory()  # also collects garbage
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -313,19 +322,11 @@ class MiCRoTrainer(Trainer):
     def _store_callbacks(self) -> None:
         from transformers.trainer_callback import ExportableState
 
-        stored: dict[str, Any] = {}
+        stored: dict[str, list[Any]] = {}
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                name = type(callback).__name__
-                held = stored.get(name)
-                stored[name] = (
-                    [*held, callback.state()]
-                    if isinstance(held, list)
-                    else [held, callback.state()]
-                    if held
-                    else callback.state()
-                )
-        self.state.stateful_callbacks.update(stored)
+                stored.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = stored  # type: ignore[assignment]  # the state's own form, once it is made
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer does; the stored config keeps the model's own `use_cache`, which training turns off."""
@@ -344,12 +345,12 @@ class MiCRoTrainer(Trainer):
         Errors: CheckpointError where the folder is incomplete: training never goes on from a part of a state.
         """
         if resume_from_checkpoint is True:
-            found = checkpoints.latest(Path(self.args.output_dir))
+            found = checkpoints.latest(Path(str(self.args.output_dir)))
             if found is None:
                 raise checkpoints.CheckpointError(f"{self.args.output_dir}: there is no checkpoint to resume from")
             resume_from_checkpoint = str(found)
         elif resume_from_checkpoint:
-            checkpoints.check(Path(resume_from_checkpoint))
+            checkpoints.check(Path(str(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

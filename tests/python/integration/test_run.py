@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import micro
 from micro.cli import main as cli
@@ -94,6 +96,19 @@ def test_run_json_tells_what_was_run(done: RunResult) -> None:
     assert [len(data["tokens_sha256"]) for data in stored["data"]] == [64] * 3
 
 
+def test_no_two_optimizers_live_at_a_time(tmp_path: Path) -> None:
+    alive: list[Any] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                assert [ref() for ref in alive] == [None] * len(alive)
+                alive.append(weakref.ref(kwargs["optimizer"].optimizer))
+
+    run(small("smoke", "save_every=never"), output_dir=tmp_path / "run", quiet=True, callbacks=[Watch()])
+    assert len(alive) == 3
+
+
 def test_a_finished_run_is_not_trained_again(done: RunResult) -> None:
     before = (done.model_dir / "model.safetensors").stat().st_mtime_ns
     again = run(small("smoke", "save_every=never"), output_dir=done.output_dir, resume=True, quiet=True)
@@ -155,7 +170,11 @@ def test_a_full_disk_is_noticed_before_the_run(tmp_path: Path) -> None:
 
 
 CHAT = "datasets.chat={path: %s, format: chat}"
-THREE = [f"stages.{name}.{setting}" for name in ("induce", "calibrate", "finish") for setting in ("epochs=null", "max_steps=2")]
+THREE = [
+    f"stages.{name}.{setting}"
+    for name in ("induce", "calibrate", "finish")
+    for setting in ("epochs=null", "max_steps=2")
+]
 TWO = [setting for setting in THREE if "calibrate" not in setting]
 ONE = ["stages.train.epochs=null", "stages.train.max_steps=2"]
 
@@ -190,7 +209,9 @@ def test_published_recipes_run_on_a_tiny_backbone(tmp_path: Path, name: str, set
     assert model.dtype == torch.bfloat16
     assert model.config.num_experts_per_tok == recipe.stages[-1].experts_per_token
     if name == "moe":
-        assert lines[0]["loss"] == pytest.approx(lines[0]["lm_loss"] + 0.001 * lines[0]["load_balancing_loss"], rel=1e-5)
+        assert lines[0]["loss"] == pytest.approx(
+            lines[0]["lm_loss"] + 0.001 * lines[0]["load_balancing_loss"], rel=1e-5
+        )
         assert 0.9 < lines[0]["load_balancing_loss"] < 4
     if name == "random-labels":
         assert max(lines[0]["load"].values()) < 0.4  # every token at random, the prompts too
@@ -217,6 +238,31 @@ def test_the_command_lists_shows_and_plans(tmp_path: Path, capsys: pytest.Captur
     assert cli.run(["train"]) == 2
     assert cli.run(["train", "smoke", "learning_rat=1"]) == 2
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+def test_conversations_have_no_labels_to_route_by(tmp_path: Path) -> None:
+    from micro.data import generate_chat, save_chat
+
+    save_chat(generate_chat(8, seed=0), tmp_path / "chat.jsonl")
+    by_router = ["stages=[{name: a, data: chat, max_steps: 1}]", CHAT % (tmp_path / "chat.jsonl")]
+    run(small("smoke", *by_router), output_dir=tmp_path / "run", quiet=True)
+    assert records(tmp_path / "run")[0]["label_accuracy"] is None
+    for setting in ("stages.a.route_by=labels", "losses={label_loss: 1}"):
+        with pytest.raises(ValueError, match="some of its rows"):
+            run(small("smoke", *by_router, setting), output_dir=tmp_path / "other", quiet=True)
+
+
+def test_the_padding_row_of_the_official_preset_never_learns(tmp_path: Path) -> None:
+    from micro.training import backbone
+
+    settings = ["stages=[{name: a, data: reasoning, max_steps: 2}]", "weight_decay=0", "save_every=never"]
+    pad = backbone.start(small())[0].config.pad_token_id
+    before = backbone.start(small())[0].model.embed_tokens.weight[pad]
+    moved = {}
+    for preset in ("official", "null"):
+        result = run(small("smoke", *settings, f"preset={preset}"), output_dir=tmp_path / preset, quiet=True)
+        moved[preset] = not torch.equal(before, result.model.model.embed_tokens.weight[pad])
+    assert moved == {"official": False, "null": True}  # <|im_end|> is a real token here and stands in every prompt
 
 
 def test_data_without_answers_are_an_error(tmp_path: Path) -> None:
