@@ -71,6 +71,8 @@ def check_supported(config: PretrainedConfig | Any, where: str) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in _ROPE_TYPES:
         reasons.append(f"RoPE of type {rope['rope_type']!r} (expected {' or '.join(_ROPE_TYPES)})")
+    if getattr(config, "rope_interleaved", False):
+        reasons.append("RoPE on neighbouring components (rope_interleaved)")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         reasons.append(f"RoPE on a part of the head (partial_rotary_factor {rope['partial_rotary_factor']})")
     if reasons:
@@ -119,10 +121,15 @@ def _loaded(model: PreTrainedModel, dtype: torch.dtype | None, gguf_file: str | 
         raise TypeError(
             f"upcycle: {type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if model.device.type == "meta" or len(kinds) != 1 or not model.dtype.is_floating_point:
+        found = f"{sorted(map(str, kinds))} on {model.device.type}"
+        raise ValueError(f"upcycle: the loaded model needs real weights of one floating-point dtype, it has {found}")
     if dtype is not None and model.dtype != dtype:
         import copy
 
-        model = copy.deepcopy(model).to(dtype)
+        casting: Any = copy.deepcopy(model)
+        model = casting.to(dtype)
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     companions = read_companions(name) if Path(name).is_dir() else {}
     return Backbone(model, name, companions)
@@ -155,9 +162,10 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Backbone
     config = AutoConfig.from_pretrained(folder)
     check_supported(config, str(folder))
     headers = read_headers(folder)
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype or file_dtype(headers), output_loading_info=True
     )
+    model, report = loaded
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in report.items() if keys]
     if problems:
         raise ValueError(f"{folder}: the checkpoint does not fit its config.json; {'; '.join(problems)}")

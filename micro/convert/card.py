@@ -57,6 +57,7 @@ def _title(licence: str) -> str:
 
 def _architecture(model: MiCRoForCausalLM) -> str:
     config = model.config
+    names = ", ".join(config.expert_names or [])
     counts = parameters(shape_of(config))
     return "\n".join(
         [
@@ -64,7 +65,7 @@ def _architecture(model: MiCRoForCausalLM) -> str:
             "",
             f"- {_KINDS[config.block_type]}",
             f"- backbone: {config.backbone}, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
-            f"- experts per layer: {', '.join(config.expert_names)}; experts per token: {config.num_experts_per_tok}",
+            f"- experts per layer: {names}; experts per token: {config.num_experts_per_tok}",
             f"- parameters: {counts.total:,} in all, {counts.active:,} active per token",
             f"- router in use: {'yes' if config.use_router else 'no (tokens are routed by labels)'}",
             f"- dtype: {str(model.dtype).removeprefix('torch.')}",
@@ -89,10 +90,8 @@ def collapsed_card(source: MiCRoForCausalLM, how: str) -> str:
     receipt: dict[str, Any] = source.upcycle_receipt or {}
     name = str(receipt.get("source", "unknown"))
     licence = licence_of(name, receipt.get("licence"))
-    body = (
-        f"A dense model, collapsed from a mixture of {source.config.num_experts} experts "
-        f"({', '.join(source.config.expert_names)}) by the rule: {how}."
-    )
+    experts = ", ".join(source.config.expert_names or [])
+    body = f"A dense model, collapsed from a mixture of the experts {experts} by the rule: {how}."
     header = _header(name, licence).replace("library_name: micro", "library_name: transformers")
     return "\n\n".join([header, _title(licence), body, _origin(receipt), _CITATION]) + "\n"
 

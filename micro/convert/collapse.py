@@ -55,7 +55,8 @@ def collapse(
     dense.load_state_dict(tensors, strict=True, assign=True)
     dense.tie_weights()
     dense.generation_config = copy.deepcopy(model.generation_config)
-    return dense.eval()
+    dense.train(False)
+    return dense
 
 
 def save_dense(
@@ -119,7 +120,7 @@ def _expert_id(config: MiCRoConfig, expert: Any) -> int:
 
     found = ExpertNames(config).one(expert, "collapse")
     if found is None:
-        raise ValueError(f"collapse: {expert!r} names no expert; known are {', '.join(config.expert_names)}")
+        raise ValueError(f"collapse: {expert!r} names no expert; known are {', '.join(config.expert_names or [])}")
     return found
 
 
@@ -199,4 +200,5 @@ def _dense_model(model: MiCRoForCausalLM, tied: bool) -> PreTrainedModel:
 
     first: torch.nn.Parameter = next(model.parameters())
     with no_init_weights(), first.device:
-        return AutoModelForCausalLM.from_config(dense_config(model.config, tied), dtype=first.dtype)
+        dense: PreTrainedModel = AutoModelForCausalLM.from_config(dense_config(model.config, tied), dtype=first.dtype)
+    return dense

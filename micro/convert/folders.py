@@ -49,7 +49,11 @@ def check_target(out: str | Path, overwrite: bool) -> None:
 
 
 def _flush(folder: Path) -> None:
+    """Flush all files to disk, and give them the permissions of new files; safetensors writes them for the owner."""
+    mode = folder.stat().st_mode & 0o666
     for root, _, files in os.walk(folder):
+        for name in files:
+            (Path(root) / name).chmod(mode)
         for name in [*files, "."]:
             handle = os.open(Path(root) / name, os.O_RDONLY)
             try:

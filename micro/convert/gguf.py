@@ -250,7 +250,8 @@ def load_dense(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     plain.load_state_dict(read.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = read.generation_config
-    return plain.eval()
+    dense: PreTrainedModel = plain.eval()
+    return dense
 
 
 def tokenizer_companions(path: str | Path) -> dict[str, bytes]:

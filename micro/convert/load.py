@@ -63,10 +63,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | str | None = None) -> MiCRo
         config = MiCRoConfig.from_pretrained(folder)
     else:
         config = official_config(fields, layout, headers, folder)
-    model: MiCRoForCausalLM = MiCRoForCausalLM.from_pretrained(
-        folder, config=config, dtype=wanted or file_dtype(headers)
-    )
-    return model.eval()
+    model: Any = MiCRoForCausalLM.from_pretrained(folder, config=config, dtype=wanted or file_dtype(headers))
+    loaded: MiCRoForCausalLM = model.eval()
+    return loaded
 
 
 def recognise(headers: Mapping[str, Header], where: str | Path) -> Layout:

@@ -26,6 +26,7 @@ CLASSES = {
     ("r2", "ffn", "llama"): ("MiCRoLlamaMoE", "micro_llama_moe"),
     ("r2", "ffn", "olmo2"): ("MiCRoOlmoMoE", "micro_olmo_moe"),
 }
+_FAMILY_WORDS = ("llama", "smollm", "olmo")
 # What "everything trains" is called in the run files of either revision (model.md 6.1).
 _TRAINABLE = {"r1": ["model", "reasoners", "experts-router"], "r2": ["model", "experts", "experts-router"]}
 
@@ -63,6 +64,12 @@ def convert(
         model = model_or_folder
     if to == "official":
         check_expressible(model.config, revision)
+        if revision == "r1" and "tokenizer.json" not in model.companions:
+            warnings.warn(
+                f"{target}: there are no tokenizer files to write, but official classes of revision r1 load the "
+                f"tokenizer that {RUN_FILE} names: copy tokenizer files there, or name another folder",
+                stacklevel=2,
+            )
     with replace_folder(target, overwrite=overwrite) as beside:
         if to == "micro":
             model.save_pretrained(beside)
@@ -88,7 +95,7 @@ def check_expressible(config: MiCRoConfig, revision: str) -> None:
         problems.append(f"weight_rule {config.weight_rule!r} (they renormalise)")
     if config.router_hidden_size != config.hidden_size:
         problems.append(f"router_hidden_size {config.router_hidden_size} (theirs is hidden_size {config.hidden_size})")
-    if config.head_dim * config.num_attention_heads != config.hidden_size and config.backbone == "olmo2":
+    if config.backbone == "olmo2" and int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         problems.append(f"head_dim {config.head_dim} (theirs is hidden_size / num_attention_heads)")
     if problems:
         raise ValueError(f"convert: the official classes cannot express {'; '.join(problems)}")
@@ -115,7 +122,9 @@ def _write_official(model: MiCRoForCausalLM, folder: Path, target: Path, revisio
 
 
 def _source(model: MiCRoForCausalLM) -> str:
-    return str(model.upcycle_receipt["source"]) if model.upcycle_receipt else f"micro-{model.config.backbone}"
+    """The backbone's name for the run file. Official code tells families by words in it, so one of them is in it."""
+    name = str(model.upcycle_receipt["source"]) if model.upcycle_receipt else ""
+    return name if any(word in name.lower() for word in _FAMILY_WORDS) else f"micro-{model.config.backbone}"
 
 
 def official_fields(config: MiCRoConfig, revision: str, dtype: str, run_path: Path) -> dict[str, Any]:
@@ -126,7 +135,7 @@ def official_fields(config: MiCRoConfig, revision: str, dtype: str, run_path: Pa
     ``backbone_num_layers`` is L in either case, and a loader that goes by it finds the same model.
     """
     name, model_type = CLASSES[revision, config.block_type, config.backbone]
-    rope = dict(config.rope_parameters)
+    rope = dict(config.rope_parameters or {})
     theta = rope.pop("rope_theta")
     scaling = rope if rope.get("rope_type", "default") != "default" else None
     copied = (
@@ -150,7 +159,7 @@ def official_fields(config: MiCRoConfig, revision: str, dtype: str, run_path: Pa
         "use_router",
         "jitter_noise",
     )
-    balancing = config.loss_coefficients.get("load_balancing_loss", 0.0)
+    balancing = (config.loss_coefficients or {}).get("load_balancing_loss", 0.0)
     auxiliary = {"router_aux_loss_coef": balancing, "output_router_logits": balancing != 0}
     return {
         "architectures": [name],

@@ -31,7 +31,7 @@ def compare(model: MiCRoForCausalLM, dense: PreTrainedModel, seed: int) -> dict[
     ids = torch.randint(dense.config.vocab_size, (_ROWS, _LENGTH), generator=generator).to(dense.device)
     labels = torch.randint(experts, (_ROWS, _LENGTH), generator=generator).to(model.device)
     routings: dict[str, dict[str, Any]] = {"router": {}, "labels": {"routing_labels": labels}}
-    routings |= {f"force {name}": {"force": name} for name in model.config.expert_names}
+    routings |= {f"force {name}": {"force": name} for name in model.config.expert_names or []}
     routings |= {f"{k} experts per token": {"experts_per_token": k} for k in sorted({min(2, experts), experts} - {1})}
     expected = _logits(dense, ids, {})
     differences = {}

@@ -121,14 +121,21 @@ def build(config: MiCRoConfig, dense: PreTrainedModel) -> MiCRoForCausalLM:
     from micro.modeling import MiCRoForCausalLM
 
     with no_init_weights(), dense.device:
-        model = MiCRoForCausalLM._from_config(config, dtype=dense.dtype)
+        model: MiCRoForCausalLM = MiCRoForCausalLM._from_config(config, dtype=dense.dtype)  # type: ignore[no-untyped-call]
     source = dense.state_dict()
+    targets = {name: target for name, target in official_tensors(model).items() if dense_key(name) is not None}
+    wrong = {key for name, target in targets.items() if _shape(source, key := str(dense_key(name))) != target.shape}
+    if wrong:
+        raise ValueError(f"upcycle: the dense model lacks these tensors, or has them in another shape: {sorted(wrong)}")
     with torch.no_grad():
-        for name, target in official_tensors(model).items():
-            key = dense_key(name)
-            if key is not None:
-                target.copy_(source[key])
-    return model.eval()
+        for name, target in targets.items():
+            target.copy_(source[str(dense_key(name))])
+    model.train(False)
+    return model
+
+
+def _shape(tensors: dict[str, torch.Tensor], key: str) -> torch.Size | None:
+    return tensors[key].shape if key in tensors else None
 
 
 def initialize_routers(model: MiCRoForCausalLM, seed: int) -> None:

@@ -13,10 +13,14 @@ import yaml
 from dense_models import LLAMA3_ROPE, SIZES, dense, official_config, official_tensors, write_official
 from safetensors.torch import load_file
 from tolerances import UPCYCLED
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import micro
 from micro.modeling import MiCRoForCausalLM
+from micro.testing.tokenizers import tiny_tokenizer
+
+# The hand-written folders hold no tokenizer; that this is said has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no tokenizer files to write")
 
 LAYOUTS = [
     ("llama", "block", "r1"),
@@ -240,6 +244,22 @@ def test_shards_hold_every_tensor_once(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     again = micro.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_tokenizer_that_the_run_file_names(tmp_path: Path) -> None:
+    """Revision r1 loads the tokenizer of the run file: it is in the folder, or one is told that it is not."""
+    model = micro.upcycle(dense("llama"), verify=False)
+    with pytest.warns(UserWarning, match="no tokenizer files to write"):
+        micro.convert(model, tmp_path / "without", to="official")
+    source = tmp_path / "SmolLM2-tiny"
+    dense("llama", vocab_size=300).save_pretrained(source)
+    tiny_tokenizer(vocab_size=300).save_pretrained(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = micro.convert(micro.upcycle(source, verify=False), tmp_path / "with", to="official")
+    run = yaml.safe_load((out / "run.yaml").read_text())
+    assert run["model"] == str(source)  # the family can be told by a word in it
+    assert AutoTokenizer.from_pretrained(run["tokenizer"]).chat_template
 
 
 def test_what_official_classes_cannot_express(tmp_path: Path) -> None:

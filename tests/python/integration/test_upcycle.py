@@ -184,6 +184,7 @@ def test_a_changed_function_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"mlp_bias": True}, "biases \\(mlp_bias\\)"),
         ({"hidden_act": "gelu"}, "the activation 'gelu'"),
         ({"attention_dropout": 0.1}, "attention dropout 0.1"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'linear'"),
     ],
 )
@@ -214,6 +215,19 @@ def test_other_families_are_refused() -> None:
 def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         micro.upcycle(dense("llama"), **arguments)
+
+
+def test_loaded_models_without_plain_weights_are_refused() -> None:
+    backbone = dense("llama")
+    backbone.model.norm.double()
+    with pytest.raises(ValueError, match=r"one floating-point dtype, it has \['torch.float32', 'torch.float64'\]"):
+        micro.upcycle(backbone)
+    with pytest.raises(ValueError, match="on meta"):
+        micro.upcycle(dense("llama").to("meta"))
+    resized = dense("llama")
+    resized.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 40, bias=False)
+    with pytest.raises(ValueError, match=r"another shape: \['model\.layers\.1\.mlp\.up_proj\.weight'\]"):
+        micro.upcycle(resized)
 
 
 def test_bad_sources(tmp_path: Path) -> None:
