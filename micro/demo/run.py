@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from micro.report import TokenView
 
 SHOWN = 6  # held-out answers drawn as coloured tokens
-PROMPTS_PER_DOMAIN = 1
 # What is removed to steer to a domain: language stays, plus one domain (MiCRo, steering).
 STEERING = {
     "unsteered": [],
@@ -87,7 +86,7 @@ def run_demo(plan: DemoPlan, output: str | Path, *, seed: int = 0, say: Callable
     with _step(result, "analyse", say):
         _analyse(folder, test, output, result, seed)
     with _step(result, "generate", say):
-        _generate(folder, test, result)
+        _generate(folder, result, seed)
     with _step(result, "control", say):
         control = _train(plan, backbone, output, result, control=True, seed=seed)
         _analyse_control(control, test, output, result, seed)
@@ -181,7 +180,10 @@ def _analyse(folder: Path, test: list[Record], output: Path, result: DemoResult,
     model, tokenizer = _load(folder)
     result.routing = routing(model, tokenizer, test, seed=seed, progress=True)
     result.ablation = ablation(model, LossSuite(test, tokenizer), seed=seed, progress=True)
-    result.views = [record_view(model, tokenizer, record) for record in test[:SHOWN]]
+    result.views = [
+        record_view(model, tokenizer, record, f"Held-out answer {i + 1}, teacher-forced")
+        for i, record in enumerate(test[:SHOWN])
+    ]
     result.routing.save(output / "results" / "micro")
     result.ablation.save(output / "results" / "micro")
 
@@ -196,24 +198,17 @@ def _analyse_control(folder: Path, test: list[Record], output: Path, result: Dem
     result.control_ablation.save(output / "results" / "random_labels")
 
 
-def _one_per_domain(test: list[Record]) -> list[Record]:
-    """The first held-out record of each domain, by the label that most of its spans carry."""
-    chosen: dict[str, Record] = {}
-    for record in test:
-        labels = [span.label for span in record.spans]
-        chosen.setdefault(max(set(labels), key=labels.count), record)
-    return list(chosen.values())
-
-
-def _generate(folder: Path, test: list[Record], result: DemoResult) -> None:
-    """All prompts under all settings in one batch: steering is an argument per row."""
+def _generate(folder: Path, result: DemoResult, seed: int) -> None:
+    """One held-out prompt of each domain under all settings, in one batch: steering is an argument per row."""
     import torch
 
     from micro.analysis.views import trace_view
+    from micro.data import generate
+    from micro.experts import NAMES
 
     model, tokenizer = _load(folder)
     tokenizer.padding_side = "left"
-    turns = [record.messages()[:-1] for record in _one_per_domain(test)]
+    turns = [generate(1, domains=(d,), split="test", seed=seed + 3)[0].messages()[:-1] for d in NAMES]
     prompts = [messages[-1]["content"] for messages in turns]
     chats = [tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) for messages in turns]
     batch = tokenizer(
@@ -233,17 +228,26 @@ def _generate(folder: Path, test: list[Record], result: DemoResult) -> None:
         answers = {}
         for j, setting in enumerate(STEERING):
             row = i * len(STEERING) + j
-            answers[setting] = tokenizer.decode(out.sequences[row, width:], skip_special_tokens=True).strip()
+            ids = out.sequences[row].tolist()
+            answers[setting] = tokenizer.decode(ids[width:], skip_special_tokens=True).strip()
             if setting == "unsteered":
-                pads = int((batch["attention_mask"][row] == 0).sum())
-                view = trace_view(prompt, tokenizer, out.sequences[row].tolist(), out.routing, row=row, prompt=width)
-                result.generated.append(_without_padding(view, pads))
+                first = int((batch["attention_mask"][row] == 0).sum())
+                end = width + _length(ids[width:], tokenizer.eos_token_id)
+                title = f"Generated answer to a prompt about {NAMES[i]}"
+                view = trace_view(title, tokenizer, ids[:end], out.routing, row=row, prompt=width)
+                result.generated.append(_from(view, first))
         result.steered.append(Steered(prompt, answers))
 
 
-def _without_padding(view: TokenView, pads: int) -> TokenView:
-    view.tokens, view.probs = view.tokens[pads:], view.probs[:, pads:]
-    view.prompt_length -= pads
+def _length(ids: list[int], end: int) -> int:
+    """Tokens up to the first end-of-turn token, without it."""
+    return ids.index(end) if end in ids else len(ids)
+
+
+def _from(view: TokenView, first: int) -> TokenView:
+    """The view without its first slots, which are padding."""
+    view.tokens, view.probs = view.tokens[first:], view.probs[:, first:]
+    view.prompt_length -= first
     return view
 
 
