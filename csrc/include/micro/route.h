@@ -18,11 +18,11 @@ enum class WeightRule {
 // All [T, .] inputs but rows and replay may have one row for all tokens. Rows win over force, force over bias and
 // ablation (model.md 4.3).
 struct RouteOptions {
-  std::optional<at::Tensor> rows;    // [T, E] floating: probabilities in place of the softmax, without gradient
-  std::optional<at::Tensor> bias;    // [T | 1, E] float32 or float64, added to the logits; differentiable
-  std::optional<at::Tensor> ablate;  // [T | 1, E] bool: the logit becomes -inf
-  std::optional<at::Tensor> force;   // [T | 1] int32: the token goes to this expert; -1: free
-  std::optional<at::Tensor> replay;  // [T, K] int32: ids to take as they are; their weights are computed anew
+  std::optional<at::Tensor> rows = {};    // [T, E] floating: probabilities in place of the softmax, without gradient
+  std::optional<at::Tensor> bias = {};    // [T | 1, E] float32 or float64, added to the logits; differentiable
+  std::optional<at::Tensor> ablate = {};  // [T | 1, E] bool: the logit becomes -inf
+  std::optional<at::Tensor> force = {};   // [T | 1] int32: the token goes to this expert; -1: free
+  std::optional<at::Tensor> replay = {};  // [T, K] int32: ids to take as they are; their weights are computed anew
   WeightRule weight_rule = WeightRule::kRenormalized;
 };
 
