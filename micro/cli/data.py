@@ -123,7 +123,7 @@ def _holds_chats(file: Path) -> bool:
     from micro.data.reading import iter_rows
 
     try:
-        row = next(iter_rows(file, on_error=lambda _: None), (0, {}))[1]
+        row: Any = next(iter_rows(file, on_error=lambda _: None), (0, None))[1]
     except DataError:
         return False  # the check itself will say what is wrong
     return isinstance(row, dict) and "messages" in row and "assistant" not in row

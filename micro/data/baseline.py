@@ -30,7 +30,7 @@ def _labelled(records: Iterable[Record]) -> tuple[list[list[str]], NDArray[np.in
 class BagOfWords:
     """Multinomial naive Bayes over the words of a span, add-one smoothing, all numbers counted as one word.
 
-    log p(label | words) = log p(label) + sum of log p(word | label) + constant; words never seen in training are skipped.
+    log p(label | words) = log p(label) + sum of log p(word | label) + constant; unknown words are skipped.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -54,7 +54,7 @@ class BagOfWords:
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """Accuracy over the spans of held-out records. `confusion` [4,4]: rows true, columns predicted, order of the experts.
+    """Accuracy over the spans of held-out records. `confusion` [4,4]: rows true, columns predicted, experts in order.
 
     `balanced_accuracy`: mean over the labels that occur; `word_accuracy`: the same, each span weighted by its words.
     """

@@ -1,4 +1,4 @@
-"""Chat data without labels, in the `messages` format of the Tülu-3 mixture (model.md 8.9): stage 3 and the baselines."""
+"""Chat data without labels in the `messages` format of the Tülu-3 mixture (model.md 8.9): stage 3, baselines."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Collator:
-    """Pads rows on the right to the longest of the batch: ids with the pad id, mask 0, labels -100, routing labels language.
+    """Pads rows on the right to the longest of the batch: ids with the pad id, mask 0, labels -100, language.
 
     Rows are what `encode` or `encode_chat` return. The result holds int64 tensors [B,S]: `input_ids`, `attention_mask`,
-    and `labels` and `routing_labels` where the rows have them. The mask comes from the rows' lengths, never from the pad
-    id, which may also be a real token. one_hot adds `routing_weights`, float32 [B,S,4]. A tokenizer without pad token
+    and `labels` and `routing_labels` where rows have them. The mask comes from the rows' lengths, not from the pad id,
+    which may also be a real token. one_hot adds `routing_weights`, float32 [B,S,4]. A tokenizer without pad token
     pads with its end-of-sequence token. ValueError: an empty batch, rows of which some lack a field, unequal lengths.
     """
 
@@ -50,8 +50,8 @@ class Collator:
             elif have and len(have) < len(rows):
                 missing = next(i for i in range(len(rows)) if i not in have)
                 raise ValueError(
-                    f"Collator: row {missing} of the batch has no {name}, row {have[0]} has; do not mix labelled answers "
-                    "and chat rows in one batch"
+                    f"Collator: row {missing} of the batch has no {name}, row {have[0]} has; do not mix labelled "
+                    "answers and chat rows in one batch"
                 )
             elif have:
                 batch[name] = self._pad([row[name] for row in rows], lengths, width, fill, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -290,7 +291,8 @@ class _Encoder:
         separator = self.renderer.separator
         if self.options.special_text != "special" or not self.labelled or not self.cut_up or separator is None:
             return np.zeros(len(self.ids), dtype=bool)
-        return self.ids == separator
+        found: NDArray[np.bool_] = self.ids == separator
+        return found
 
     def _routing(self, start: int | None) -> Ints:
         """Expert of each token, int64 [T] (model.md 8.4)."""
@@ -334,7 +336,7 @@ Run = tuple[list[int], list[tuple[int, int]]]
 
 def _runs(tokenizer: PreTrainedTokenizerFast, _: Renderer, rendered: Rendered, bounds: list[int]) -> list[Run]:
     """Ids and offsets of each piece of the text, added tokens recognised."""
-    pieces = [rendered.text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [rendered.text[a:b] for a, b in pairwise(bounds)]
     batch = tokenizer(
         pieces,
         add_special_tokens=False,
@@ -354,7 +356,7 @@ def _plain_runs(_: PreTrainedTokenizerFast, renderer: Renderer, rendered: Render
     """The same, with added tokens recognised in the template's own text only: messages are plain text."""
     special = list(_template_tokens(renderer, rendered))
     runs: list[Run] = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = low

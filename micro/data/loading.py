@@ -62,8 +62,8 @@ def write_lines(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
 class Report:
     """What a file holds and what is wrong with it.
 
-    `problems`: every finding, in file order, errors and warnings. `counts`: records (read, usable), spans and characters
-    per label, and dropped, repaired and refused rows by reason. `ok`: no errors (warnings do not count).
+    `problems`: every finding, in file order, errors and warnings. `counts`: records (read, usable), spans and
+    characters per label, and dropped, repaired and refused rows by reason. `ok`: no errors (warnings do not count).
     """
 
     path: str

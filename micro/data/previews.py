@@ -98,7 +98,8 @@ def preview_html(
     boxes = "".join(_box(number, row, tokenizer) for number, row in enumerate(rows))
     name = html.escape(title)
     return (
-        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style></head>"
+        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{name}</title>"
+        f"<style>{_STYLE}</style></head>"
         f"<body><h1>{name}</h1><p class='quiet'>{legend}. A bar below: trained on. Pale: not trained on.</p>{boxes}"
         "</body></html>\n"
     )

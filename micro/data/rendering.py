@@ -51,8 +51,8 @@ class Renderer:
             )
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"encode: the tokenizer {name!r} has no chat template; set tokenizer.chat_template, or take the tokenizer "
-                "of the instruction-tuned model"
+                f"encode: the tokenizer {name!r} has no chat template; set tokenizer.chat_template, or take the "
+                "tokenizer of the instruction-tuned model"
             )
         self._tokenizer: Any = proxy(
             tokenizer
@@ -71,7 +71,7 @@ class Renderer:
         self.separator = next((self.added[s].id for s in SEPARATORS if s in self.added), None)
 
     def apply(self, messages: list[dict[str, str]], date: str, *, prompt: bool = False) -> str:
-        """The template's text. date: "today" leaves the date to the template, anything else is given as `date_string`."""
+        """The template's text. date: "today" leaves the date to the template, else it is `date_string`."""
         given = {} if date == "today" else {"date_string": date}
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **given)
         assert isinstance(text, str)
@@ -85,8 +85,8 @@ class Renderer:
             found = asked[len(bare) :].strip() if asked.startswith(bare) else ""
             if not found:
                 raise ValueError(
-                    f"encode: the chat template of {self._name!r} adds no generation prompt, so the start of the answer is "
-                    "not known; give response_template"
+                    f"encode: the chat template of {self._name!r} adds no generation prompt, so the answer's start "
+                    "is not known; give response_template"
                 )
             self._response[date] = found
         return self._response[date]
@@ -116,7 +116,7 @@ class Renderer:
             raise ValueError("encode: the text uses every private-use character; no mark is left") from None
 
     def _skeleton(self, roles: tuple[str, ...], date: str, edge: str) -> list[str]:
-        """The template's own text around messages with these roles: one piece before each message, one after the last."""
+        """The template's own text around such messages: one piece before each message, one after the last."""
         key = (roles, date)
         if date == "today" or key not in self._skeletons:
             text = self.apply([{"role": r, "content": f"{edge}{i}{edge}"} for i, r in enumerate(roles)], date)

@@ -48,7 +48,8 @@ LLAMA_TEMPLATE = """{%- if not date_string is defined %}
 OLMO_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] != 'assistant' %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '\\n' }}"
-    "{% else %}{{ '<|assistant|>\\n' + message['content'] + eos_token }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endif %}"
+    "{% else %}{{ '<|assistant|>\\n' + message['content'] + eos_token }}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
@@ -68,9 +69,10 @@ def _bpe(special: list[str], template: str, *, bos: str, eos: str, pad: str, add
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    core.train_from_iterator(CORPUS, trainer)
     if add_bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, core.token_to_id(bos))]
@@ -141,9 +143,12 @@ def official(record: Record, tok: Any, family: str, max_length: int = 4096) -> d
     return result
 
 
-_WORDS = (
-    "the cat sat , . ; Mia’s naïve café – “so” 12 3.14 × 😀 👩‍👩‍👧 e\u0301 assistant user \t x\r\ny Ünï \x00 \u2028 \u00a0 <| |> _ ...".split(" ")
-)
+# fmt: off
+_WORDS = [
+    "the", "cat", "sat", ",", ".", ";", "Mia’s", "naïve", "café", "–", "“so”", "12", "3.14", "×", "😀", "👩\u200d👩\u200d👧",
+    "assistant", "user", "Ünï", "<|", "|>", "_", "...", "e\u0301", "\t", "x\r\ny", "\x00", "\u2028", "\u00a0",
+]
+# fmt: on
 _GAPS = [" ", " ", " ", "\n", "\n\n", "  ", "", " \n "]
 
 
@@ -154,7 +159,8 @@ def random_text(rng: Random, words: int, extra: tuple[str, ...] = ()) -> str:
 
 def random_record(rng: Random, extra: tuple[str, ...] = ()) -> Record:
     """Any text, spans that end anywhere, gaps anywhere, text before the first and after the last span."""
-    answer = rng.choice(["", " ", "\n\n"]) + random_text(rng, rng.randint(1, 14), extra) + rng.choice(["", "end.", " \n"])
+    answer = rng.choice(["", " ", "\n\n"]) + random_text(rng, rng.randint(1, 14), extra)
+    answer += rng.choice(["", "end.", " \n"])
     if not answer.strip():
         answer += "x"
     count = min(rng.randint(0, 6), len(answer))

@@ -50,7 +50,7 @@ def generate(
     """N labelled answers of three to five sentences, no two alike (model.md 6.8).
 
     domains: expert names to draw sentences from; each sentence is one span with its domain's label. split: "train" or
-    "test"; the two share no template. The first n of a longer list are the same list. `Record.meta` names the templates.
+    "test"; the two share no template. The first n of a longer list are the same. `Record.meta` names the templates.
     ValueError: an unknown domain or split, a negative n, or more records than the templates hold.
     """
     _check(n, domains, split)

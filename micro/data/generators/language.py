@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 from micro.data.generators.scene import Slots, Template
@@ -38,7 +39,10 @@ _ADJECTIVES = (
 _RHYMES = (
     "box fox;bell shell;key sea;book hook;spoon moon;mug jug;ball wall;bowl coal;case lace;tin bin;bag flag;shirt skirt"
 )
-_DOUBLED = "running run n;sitting sit t;swimming swim m;stopping stop p;planning plan n;hugging hug g;getting get t;robbing rob b"
+_DOUBLED = (
+    "running run n;sitting sit t;swimming swim m;stopping stop p;"
+    "planning plan n;hugging hug g;getting get t;robbing rob b"
+)
 
 
 def _verb(rng: Random, _: Slots) -> Slots:
@@ -46,7 +50,7 @@ def _verb(rng: Random, _: Slots) -> Slots:
     return {"verb": base, "third": third, "past": past, "going": going}
 
 
-def _pair(table: str, first: str, second: str, third: str = "") -> object:
+def _pair(table: str, first: str, second: str, third: str = "") -> Callable[[Random, Slots], Slots]:
     names = [n for n in (first, second, third) if n]
     rows = [dict(zip(names, entry.split(), strict=True)) for entry in table.split(";")]
     return lambda rng, _: dict(rng.choice(rows))

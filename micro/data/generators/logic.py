@@ -179,6 +179,6 @@ TEST = (
     Template(
         "converse",
         "All the {things} are {colour}, and this is {colour}. Is it one of the {things}?",
-        "other objects may be {colour} too, so from the colour alone it does not follow that this is one of the {things}.",
+        "other objects may be {colour} too, so from the colour alone it does not follow that this is one of them.",
     ),
 )

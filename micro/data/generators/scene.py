@@ -48,43 +48,46 @@ _MATERIALS = {
     "brass": "is an alloy of copper and zinc",
 }
 _THINGS = """
-pencil pencils box boxes wood; spoon spoons drawer drawers steel; marble marbles bag bags glass; letter letters folder folders paper
-scarf scarves basket baskets wool; key keys tin tins brass; bowl bowls crate crates clay; belt belts chest chests leather
-candle candles box boxes wax; bottle bottles crate crates glass; shirt shirts suitcase suitcases cotton; ball balls sack sacks rubber
-ruler rulers drawer drawers plastic; book books bag bags paper; needle needles tin tins steel; mug mugs basket baskets clay
-glove gloves chest chests leather; bell bells box boxes brass; towel towels suitcase suitcases cotton; ladle ladles drawer drawers wood
-lens lenses case cases glass; map maps folder folders paper; sock socks basket baskets wool; knife knives tin tins steel
+pencil pencils box boxes wood; spoon spoons drawer drawers steel; marble marbles bag bags glass
+letter letters folder folders paper; scarf scarves basket baskets wool; key keys tin tins brass
+bowl bowls crate crates clay; belt belts chest chests leather; candle candles box boxes wax
+bottle bottles crate crates glass; shirt shirts suitcase suitcases cotton; ball balls sack sacks rubber
+ruler rulers drawer drawers plastic; book books bag bags paper; needle needles tin tins steel
+mug mugs basket baskets clay; glove gloves chest chests leather; bell bells box boxes brass
+towel towels suitcase suitcases cotton; ladle ladles drawer drawers wood; lens lenses case cases glass
+map maps folder folders paper; sock socks basket baskets wool; knife knives tin tins steel
 """
-THINGS = tuple(
-    Thing(*entry.split(), _MATERIALS[entry.split()[-1]])
-    for entry in _THINGS.replace("\n", ";").split(";")
-    if entry.strip()
+
+
+def _thing(entry: str) -> Thing:
+    one, many, box, boxes, material = entry.split()
+    return Thing(one, many, box, boxes, material, _MATERIALS[material])
+
+
+THINGS = tuple(_thing(entry) for entry in _THINGS.replace("\n", ";").split(";") if entry.strip())
+COLOURS = ("red", "blue", "green", "yellow", "white", "black", "brown", "grey", "orange", "purple")
+PLACES = (
+    "kitchen",
+    "garden",
+    "library",
+    "school",
+    "station",
+    "market",
+    "office",
+    "attic",
+    "workshop",
+    "museum",
+    "hall",
+    "cellar",
 )
-COLOURS = tuple(["red", "blue", "green", "yellow", "white", "black", "brown", "grey", "orange", "purple"])
-PLACES = tuple(
-    [
-        "kitchen",
-        "garden",
-        "library",
-        "school",
-        "station",
-        "market",
-        "office",
-        "attic",
-        "workshop",
-        "museum",
-        "hall",
-        "cellar",
-    ]
-)
-DAYS = tuple(["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"])
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 Slots = dict[str, str | int]
 
 
 @dataclass(frozen=True)
 class Template:
-    """A question and its one-sentence answer. `slots` draws what a scene does not hold; both texts may use all of it."""
+    """A question and its one-sentence answer. `slots` draws what a scene does not hold; both texts may use it."""
 
     name: str
     question: str

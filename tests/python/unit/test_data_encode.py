@@ -135,8 +135,8 @@ def test_truncation_is_counted_and_named() -> None:
     cut = encode(RECORD, tok, max_length=header + 2, counts=counts)
     assert cut == {name: values[: header + 2] for name, values in whole.items()}
     assert counts == {"encoded": 1, "truncated": 1, "answer_cut": 1}
+    record = Record(RECORD.prompt, RECORD.assistant, RECORD.spans, origin=("a.json", 4))
     with pytest.warns(DataWarning, match=r"a.json, record 4, field 'assistant'.*max_length"):
-        record = Record(RECORD.prompt, RECORD.assistant, RECORD.spans, origin=("a.json", 4))
         assert encode(record, tok, max_length=header) is None
     assert encode(RECORD, tok, max_length=5, counts=counts) is None
     assert counts["no_response_template"] == 1
@@ -198,7 +198,8 @@ def test_bad_tokenizers_and_switches() -> None:
         encode(Record("?", ANSWER, [Span(5, 30, "MD")]), tok)
     with pytest.raises(DataError, match="unknown label"):
         encode(Record("?", ANSWER, [Span(0, 5, "logic")]), tok)
-    tok.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    shouting = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    tok.chat_template = shouting + "{% if add_generation_prompt %}A:{% endif %}"
     with pytest.raises(ValueError, match="changes message texts"):
         encode(RECORD, tok)
     tok.chat_template = None
