@@ -52,8 +52,8 @@ class StageData:
 def load_stage_data(stage: ResolvedStage, tokenizer: Any, *, experts: int, seed: int) -> StageData:
     """Read, generate and encode the sources of a stage, in order; the sampler shuffles.
 
-    tokenizer: a fast one. experts: of the model, for random labels. Errors: what ``micro.data`` raises; ValueError where
-    no row is left, or where labels are asked for that the rows do not have.
+    tokenizer: a fast one. experts: of the model, for random labels. Errors: what ``micro.data`` raises; ValueError
+    where no row is left, or where labels are asked for that the rows do not have.
     """
     builder = RowBuilder()
     counts: Counter[str] = Counter()
@@ -68,8 +68,8 @@ def load_stage_data(stage: ResolvedStage, tokenizer: Any, *, experts: int, seed:
     if not len(builder):
         reasons = ", ".join(f"{count} {name}" for name, count in counts.items()) or "the sources are empty"
         raise ValueError(
-            f"stage {stage.name!r}: no row is left to train on ({reasons}): check the files with `micro data validate`, "
-            f"and max_length ({stage.max_length})"
+            f"stage {stage.name!r}: no row is left to train on ({reasons}): check the files with `micro data "
+            f"validate`, and max_length ({stage.max_length})"
         )
     rows = builder.build(random_labels=experts if stage.random_labels else 0, seed=seed + stage.index)
     if not rows.labelled and (stage.route_by == "labels" or "label_loss" in stage.losses):
