@@ -37,11 +37,12 @@ _ROPE_TYPES = ("default", "llama3")
 
 @dataclass
 class Backbone:
-    """A loaded dense model and what travels with it. name: for the receipt and the card; licence: as far as known."""
+    """A loaded dense model and what travels with it. name: for people; hub_id, licence: as far as they are known."""
 
     model: PreTrainedModel
     name: str
     companions: dict[str, bytes] = field(default_factory=dict)
+    hub_id: str | None = None
     licence: str | None = None
     quantised: str | None = None
 
@@ -132,7 +133,7 @@ def _loaded(model: PreTrainedModel, dtype: torch.dtype | None, gguf_file: str | 
         model = casting.to(dtype)
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     companions = read_companions(name) if Path(name).is_dir() else {}
-    return Backbone(model, name, companions)
+    return Backbone(model, name, companions, _hub_id(name))
 
 
 def _from_gguf(path: Path, dtype: torch.dtype | None, name: str | None = None) -> Backbone:
@@ -146,6 +147,7 @@ def _from_gguf(path: Path, dtype: torch.dtype | None, name: str | None = None) -
         model,
         f"{name} ({path.name})" if name else path.name,
         gguf.tokenizer_companions(path),
+        name,
         str(licence) if licence else None,
         next(iter(header.block_types())),
     )
@@ -169,7 +171,12 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Backbone
     problems = [f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in report.items() if keys]
     if problems:
         raise ValueError(f"{folder}: the checkpoint does not fit its config.json; {'; '.join(problems)}")
-    return Backbone(model, name, read_companions(folder), _licence(folder))
+    return Backbone(model, name, read_companions(folder), _hub_id(name), _licence(folder))
+
+
+def _hub_id(name: str) -> str | None:
+    """The name itself where it is a hub id and no local folder."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _licence(folder: Path) -> str | None:
@@ -183,7 +190,7 @@ def _licence(folder: Path) -> str | None:
 
 def _download(source: str, gguf_file: str | None) -> Path:
     """A local folder with the files of a hub id; a path that looks like a folder is reported as missing."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if _hub_id(source) is None:
         raise ValueError(f"{source}: there is no such folder, and this is no hub id (owner/name) either")
     from huggingface_hub import snapshot_download
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from micro.estimate import parameters, shape_of
@@ -37,15 +36,14 @@ def model_card(model: MiCRoForCausalLM) -> str:
     receipt: dict[str, Any] = model.upcycle_receipt or {}
     source = str(receipt.get("source", "unknown"))
     licence = licence_of(source, receipt.get("licence"))
-    parts = [_header(source, licence), _title(licence), _architecture(model), _origin(receipt), _USAGE]
+    parts = [_header(receipt, licence, "micro"), _title(licence), _architecture(model), _origin(receipt), _USAGE]
     return "\n\n".join([*parts, _limits(model, receipt), _CITATION]) + "\n"
 
 
-def _header(source: str, licence: str) -> str:
-    lines = ["---", "library_name: micro", "pipeline_tag: text-generation"]
-    hub_id = re.match(r"[\w.-]+/[\w.-]+(?= |$)", source)
-    if hub_id and not source.startswith((".", "/")):
-        lines.append(f"base_model: {hub_id.group(0)}")
+def _header(receipt: dict[str, Any], licence: str, library: str) -> str:
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if receipt.get("base_model"):
+        lines.append(f"base_model: {receipt['base_model']}")
     tags = ["tags:", "- moe", "- mixture-of-cognitive-reasoners"]
     return "\n".join([*lines, f"license: {licence}", *tags, "---"])
 
@@ -92,7 +90,7 @@ def collapsed_card(source: MiCRoForCausalLM, how: str) -> str:
     licence = licence_of(name, receipt.get("licence"))
     experts = ", ".join(source.config.expert_names or [])
     body = f"A dense model, collapsed from a mixture of the experts {experts} by the rule: {how}."
-    header = _header(name, licence).replace("library_name: micro", "library_name: transformers")
+    header = _header(receipt, licence, "transformers")
     return "\n\n".join([header, _title(licence), body, _origin(receipt), _CITATION]) + "\n"
 
 

@@ -72,7 +72,7 @@ def convert(
             )
     with replace_folder(target, overwrite=overwrite) as beside:
         if to == "micro":
-            model.save_pretrained(beside)
+            model.save_pretrained(beside, max_shard_size="5GB")
         else:
             _write_official(model, beside, target, revision)
         (beside / "README.md").write_text(model_card(model), encoding="utf-8")

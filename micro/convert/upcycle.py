@@ -59,6 +59,7 @@ def upcycle(
         seed=seed,
         tensors=len(official_tensors(model)),
         parameters=sum(p.numel() for p in model.parameters()),
+        base_model=backbone.hub_id,
         licence=backbone.licence,
         quantised=backbone.quantised,
         max_abs_diff=None,

@@ -36,9 +36,9 @@ _LARGEST = 256 * 2**20  # tokenizer files have a few MB; a larger file is someth
 class UpcycleReceipt(dict[str, Any]):
     """A JSON object whose fields can also be read as attributes.
 
-    source, kind, num_experts, dtype, seed, tensors, parameters, licence, quantised; max_abs_diff: the largest
-    difference of a logit over all routings (None: the check was switched off), routings: the same for each of them;
-    max_abs_logit: for scale.
+    source, kind, num_experts, dtype, seed, tensors, parameters; base_model (hub id), licence, quantised: None where
+    nothing is known; max_abs_diff: the largest difference of a logit over all routings (None: the check was switched
+    off), routings: the same for each of them; max_abs_logit: for scale.
     """
 
     def __getattr__(self, name: str) -> Any:

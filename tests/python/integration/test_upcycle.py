@@ -132,6 +132,7 @@ def test_a_saved_folder_is_complete(tmp_path: Path) -> None:
         assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
         assert str(tmp_path / "dense") not in (out / "config.json").read_text()
     card = (tmp_path / "b" / "README.md").read_text()
+    assert "base_model" not in card  # the source is a folder, not a hub id
     assert "license: mit" in card
     assert "all experts are equal" in card
     second = tmp_path / "c"
