@@ -44,6 +44,7 @@ def upcycle(
         save(model, out, overwrite=overwrite)
         bar.advance(note=str(out))
     receipt = model.upcycle_receipt
+    assert receipt is not None
     licence = licence_of(receipt.source, receipt.licence)
     if note := naming_note(receipt.source, licence, out.name):
         typer.echo(f"note: {note}", err=True)
