@@ -146,7 +146,8 @@ def official(record: Record, tok: Any, family: str, max_length: int = 4096) -> d
 # fmt: off
 _WORDS = [
     "the", "cat", "sat", ",", ".", ";", "Mia’s", "naïve", "café", "–", "“so”", "12", "3.14", "×", "😀",
-    "👩\u200d👩\u200d👧", "assistant", "user", "Ünï", "<|", "|>", "_", "...", "e\u0301", "\t", "x\r\ny", "\x00", "\u2028", "\u00a0",
+    "👩\u200d👩\u200d👧", "assistant", "user",
+    "Ünï", "<|", "|>", "_", "...", "e\u0301", "\t", "x\r\ny", "\x00", "\u2028", "\u00a0",
 ]
 # fmt: on
 _GAPS = [" ", " ", " ", "\n", "\n\n", "  ", "", " \n "]
