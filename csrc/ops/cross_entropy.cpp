@@ -10,6 +10,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -112,17 +113,6 @@ std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& hidden, const Tens
   return allocate(hidden, weight, wanted);
 }
 
-// ---- backward: scale
-// ---------------------------------------------------------------------------------------------------
-
-// hidden and weight give the types, and show whether a second derivative is asked for.
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& grad_hidden, const Tensor& grad_weight,
-                                    const Tensor& hidden, const Tensor& weight, std::array<bool, 2> wanted) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return {wanted[0] ? grad_hidden.mul(grad_loss).to(hidden.scalar_type()) : Tensor(),
-          wanted[1] ? grad_weight.mul(grad_loss).to(weight.scalar_type()) : Tensor()};
-}
-
 // ---- autograd ------------------------------------------------------------------------------------------------------
 
 auto call_forward() {
@@ -130,9 +120,14 @@ auto call_forward() {
   return call;
 }
 
-auto call_backward() {
-  static const auto call = op<decltype(backward)>("micro::cross_entropy_backward");
-  return call;
+// The gradient `name` that the forward left, times the gradient of the loss. Where the graph is not kept nobody else
+// needs it: it is scaled where it stands and handed over, so that the head's gradient never exists twice.
+Tensor scaled(AutogradContext* context, const char* name, const Tensor& grad_loss, at::ScalarType dtype) {
+  const auto found = context->saved_data.find(name);
+  Tensor gradient = found->second.toTensor();
+  if (torch::autograd::get_current_graph_task_keep_graph()) return gradient.mul(grad_loss).to(dtype);
+  context->saved_data.erase(found);
+  return gradient.mul_(grad_loss).to(dtype);
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
@@ -140,15 +135,20 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
                         int64_t ignore_index, std::array<bool, 2> wanted) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [loss, grad_hidden, grad_weight] = call_forward().call(hidden, weight, targets, ignore_index, wanted);
-    context->save_for_backward({grad_hidden, grad_weight, hidden, weight});
+    context->save_for_backward({hidden, weight});
+    context->saved_data["grad_hidden"] = grad_hidden;
+    context->saved_data["grad_weight"] = grad_weight;
     return loss;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad) {
-    const auto saved = context->get_saved_variables();
-    const std::array<bool, 2> wanted{context->needs_input_grad(0), context->needs_input_grad(1)};
-    auto [grad_hidden, grad_weight] = call_backward().call(grad[0], saved[0], saved[1], saved[2], saved[3], wanted);
-    return {grad_hidden, grad_weight, Tensor(), Tensor(), Tensor()};
+    const auto saved = context->get_saved_variables();  // refuses a second pass through a graph that was not kept
+    const Tensor &hidden = saved[0], &weight = saved[1];
+    refuse_second_derivative(kName, grad[0], hidden, weight);
+    const auto gradient = [&](size_t index, const char* name, const Tensor& input) {
+      return context->needs_input_grad(index) ? scaled(context, name, grad[0], input.scalar_type()) : Tensor();
+    };
+    return {gradient(0, "grad_hidden", hidden), gradient(1, "grad_weight", weight), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -163,14 +163,6 @@ Tensor cross_entropy_below_autograd(const Tensor& hidden, const Tensor& weight, 
                                     int64_t ignore_index) {
   check_arguments(hidden, weight, targets);
   return std::get<0>(call_forward().call(hidden, weight, targets, ignore_index, {false, false}));
-}
-
-std::tuple<Tensor, Tensor> backward_autograd(const Tensor& grad_loss, const Tensor& grad_hidden,
-                                             const Tensor& grad_weight, const Tensor& hidden, const Tensor& weight,
-                                             std::array<bool, 2> wanted) {
-  refuse_second_derivative(kName, grad_loss, hidden, weight);
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call_backward().call(grad_loss, grad_hidden, grad_weight, hidden, weight, wanted);
 }
 
 // The products run in autocast's type, as those of torch's own linear do.
@@ -194,28 +186,13 @@ TORCH_LIBRARY_FRAGMENT(micro, m) {
   m.def(
       "cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool[2] wanted)"
       " -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight)");
-  m.def(
-      "cross_entropy_backward(Tensor grad_loss, Tensor grad_hidden, Tensor grad_weight, Tensor hidden, Tensor weight,"
-      " bool[2] wanted) -> (Tensor grad_hidden, Tensor grad_weight)");
 }
 TORCH_LIBRARY_IMPL(micro, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy_below_autograd); }
-TORCH_LIBRARY_IMPL(micro, Autograd, m) {
-  m.impl("cross_entropy", cross_entropy_autograd);
-  m.impl("cross_entropy_backward", backward_autograd);
-}
+TORCH_LIBRARY_IMPL(micro, Autograd, m) { m.impl("cross_entropy", cross_entropy_autograd); }
 TORCH_LIBRARY_IMPL(micro, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(micro, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
-TORCH_LIBRARY_IMPL(micro, CPU, m) {
-  m.impl("cross_entropy_forward", forward);
-  m.impl("cross_entropy_backward", backward);
-}
-TORCH_LIBRARY_IMPL(micro, CUDA, m) {
-  m.impl("cross_entropy_forward", forward);
-  m.impl("cross_entropy_backward", backward);
-}
-TORCH_LIBRARY_IMPL(micro, Meta, m) {
-  m.impl("cross_entropy_forward", forward_meta);
-  m.impl("cross_entropy_backward", backward);
-}
+TORCH_LIBRARY_IMPL(micro, CPU, m) { m.impl("cross_entropy_forward", forward); }
+TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("cross_entropy_forward", forward); }
+TORCH_LIBRARY_IMPL(micro, Meta, m) { m.impl("cross_entropy_forward", forward_meta); }
 
 }  // namespace micro

@@ -106,6 +106,8 @@ def test_a_second_backward_of_the_same_graph_gives_the_same():
     second = torch.autograd.grad(2 * loss, (h, weight))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(2 * a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (h, weight))
 
 
 def test_infinite_logits_and_nan():
