@@ -35,13 +35,21 @@ inline void dot_tile(const typename Mode::T* x, const typename Mode::T* w, int64
   int64_t i = 0;
   for (; i + step <= in; i += step) add(i, step);
   if (i < in) add(i, in - i);
+  constexpr int lanes = kLanes<Acc>;
+  if constexpr (kX * kW % lanes == 0 && lanes % kW == 0) {
 #pragma GCC unroll 8
-  for (int a = 0; a < kX; ++a)
+    for (int a = 0; a < kX; a += lanes / kW) {
+      T totals[lanes];
+      store_narrow(totals, sums_of<Acc>(sum[a]));
 #pragma GCC unroll 8
-    for (int b = 0; b < kW; ++b) {
-      const Vec<Acc> total = broadcast<Acc>(sum_lanes<Acc>(sum[a][b]));
-      store_narrow<T>(y + a * out + b, total, 1);
+      for (int i = 0; i < lanes; ++i) y[(a + i / kW) * out + i % kW] = totals[i];
     }
+  } else {
+#pragma GCC unroll 8
+    for (int a = 0; a < kX; ++a)
+#pragma GCC unroll 8
+      for (int b = 0; b < kW; ++b) store_narrow<T>(y + a * out + b, broadcast<Acc>(sum_lanes<Acc>(sum[a][b])), 1);
+  }
 }
 
 template <class Mode, int kW>

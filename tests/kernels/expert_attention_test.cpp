@@ -1,0 +1,257 @@
+// Routed attention against plain loops in double. The suite runs once per instruction set (MICRO_ISA).
+
+#include "micro_kernels/expert_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "micro_kernels/isa.h"
+
+namespace micro_kernels {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Backend {
+  const char* name;
+  Status (*forward)(const ExpertAttentionParams&);
+  Status (*backward)(const ExpertAttentionBackwardParams&);
+};
+
+constexpr Backend kBackends[] = {
+    {"cpu", [](const ExpertAttentionParams& p) { return cpu::expert_attention(p, serial); },
+     [](const ExpertAttentionBackwardParams& p) { return cpu::expert_attention_backward(p, serial); }},
+};
+
+struct Shape {
+  int64_t batch, slots, start, spare, heads, groups, head_dim;
+  AttentionMask mask;
+};
+
+// Three experts, of which the last has no query. Every seventh value is larger: some scores dominate.
+struct Problem {
+  static constexpr int64_t kExperts = 3;
+  Shape s;
+  int64_t rows, keys;
+  std::vector<int32_t> tokens, offsets{0};
+  std::vector<float> q, k, v, grad_out, bias;
+  std::vector<uint8_t> visible;
+
+  explicit Problem(Shape shape) : s(shape), rows(s.batch * s.slots), keys(s.start + s.slots + s.spare) {
+    std::mt19937 random(rows * 100 + s.head_dim);
+    std::normal_distribution<float> normal;
+    auto fill = [&](std::vector<float>& values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) values.push_back(normal(random) * (i % 7 == 0 ? 4.0f : 1.0f));
+    };
+    std::vector<int> expert(rows);
+    for (int& e : expert) e = random() % 2;
+    for (int e = 0; e < kExperts; ++e) {
+      for (int64_t t = 0; t < rows; ++t)
+        if (expert[t] == e) tokens.push_back(static_cast<int32_t>(t));
+      offsets.push_back(static_cast<int32_t>(tokens.size()));
+    }
+    fill(q, rows * s.heads * s.head_dim);
+    fill(grad_out, rows * s.heads * s.head_dim);
+    fill(k, s.batch * kExperts * s.groups * keys * s.head_dim);
+    fill(v, s.batch * kExperts * s.groups * keys * s.head_dim);
+    fill(bias, s.batch * s.slots * keys);
+    for (int64_t i = 0; i < s.batch * s.slots * keys; ++i) visible.push_back(random() % 3 > 0);
+  }
+
+  HeadStrides strides() const {
+    const int64_t group = keys * s.head_dim;
+    return {kExperts * s.groups * group, s.groups * group, group, s.head_dim};
+  }
+  const void* mask() const {
+    if (s.mask == AttentionMask::kNone) return nullptr;
+    return s.mask == AttentionMask::kBias ? static_cast<const void*>(bias.data()) : visible.data();
+  }
+  ExpertAttentionShape params() const {
+    return {tokens.data(), offsets.data(), mask(),   s.mask,  s.batch, rows,    s.heads, s.groups,
+            s.head_dim,    s.batch,        kExperts, s.slots, keys,    s.start, 0.3,     DType::kFloat32};
+  }
+  int64_t expert_of(int64_t n) const { return n < offsets[1] ? 0 : n < offsets[2] ? 1 : 2; }
+  int64_t query(int64_t n, int64_t a) const { return (n * s.heads + a) * s.head_dim; }
+  int64_t key(int64_t n, int64_t a, int64_t j) const {
+    const int64_t b = tokens[n] / s.slots, g = a / (s.heads / s.groups);
+    return (((b * kExperts + expert_of(n)) * s.groups + g) * keys + j) * s.head_dim;
+  }
+
+  // -inf hides.
+  double addition(int64_t n, int64_t j) const {
+    const int64_t b = tokens[n] / s.slots, slot = tokens[n] % s.slots, own = s.start + slot;
+    const int64_t pair = (b * s.slots + slot) * keys;
+    switch (s.mask) {
+      case AttentionMask::kNone:
+        return j <= own ? 0 : -kInfinity;
+      case AttentionMask::kKeys:
+        return j <= own && visible[b * keys + j] && visible[b * keys + own] ? 0 : -kInfinity;
+      case AttentionMask::kPairs:
+        return visible[pair + j] ? 0 : -kInfinity;
+      case AttentionMask::kBias:
+        return bias[pair + j];
+    }
+    return 0;
+  }
+
+  double dot(const std::vector<float>& x, int64_t i, const std::vector<float>& y, int64_t j) const {
+    double sum = 0;
+    for (int64_t d = 0; d < s.head_dim; ++d) sum += double(x[i + d]) * y[j + d];
+    return sum;
+  }
+
+  // Softmax weights of one query; all 0 where nothing is seen.
+  std::vector<double> weights(int64_t n, int64_t a) const {
+    std::vector<double> p(keys);
+    double top = -kInfinity, sum = 0;
+    for (int64_t j = 0; j < keys; ++j) {
+      p[j] = 0.3 * dot(q, query(n, a), k, key(n, a, j)) + addition(n, j);
+      top = std::max(top, p[j]);
+    }
+    for (double& x : p) sum += x = top == -kInfinity ? 0 : std::exp(x - top);
+    for (double& x : p) x /= sum == 0 ? 1 : sum;
+    return p;
+  }
+};
+
+struct Gradients {
+  std::vector<double> q, k, v;
+};
+
+Gradients gradients(const Problem& x) {
+  Gradients want{std::vector<double>(x.q.size()), std::vector<double>(x.k.size()), std::vector<double>(x.v.size())};
+  for (int64_t n = 0; n < x.rows; ++n)
+    for (int64_t a = 0; a < x.s.heads; ++a) {
+      const std::vector<double> p = x.weights(n, a);
+      double delta = 0;
+      for (int64_t j = 0; j < x.keys; ++j) delta += p[j] * x.dot(x.grad_out, x.query(n, a), x.v, x.key(n, a, j));
+      for (int64_t j = 0; j < x.keys; ++j) {
+        const int64_t at = x.key(n, a, j);
+        const double ds = 0.3 * p[j] * (x.dot(x.grad_out, x.query(n, a), x.v, at) - delta);
+        for (int64_t d = 0; d < x.s.head_dim; ++d) {
+          want.v[at + d] += p[j] * x.grad_out[x.query(n, a) + d];
+          want.k[at + d] += ds * x.q[x.query(n, a) + d];
+          want.q[x.query(n, a) + d] += ds * x.k[at + d];
+        }
+      }
+    }
+  return want;
+}
+
+// Relative to the largest value: 2e-5 is some hundred roundings of 2^-23 in the sums of a score and its gradient.
+void expect_near(const std::vector<float>& got, const std::vector<double>& want) {
+  double scale = 1;
+  for (double w : want) scale = std::max(scale, std::abs(w));
+  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(got[i], want[i], 2e-5 * scale) << "at " << i;
+}
+
+class ExpertAttentionTest : public testing::TestWithParam<std::tuple<Backend, Shape>> {
+ protected:
+  const Backend backend_ = std::get<0>(GetParam());
+  const Problem x_{std::get<1>(GetParam())};
+  std::vector<float> out_ = std::vector<float>(x_.q.size(), NAN);
+  std::vector<float> logsumexp_ = std::vector<float>(x_.rows * x_.s.heads, NAN);
+
+  Status forward() {
+    return backend_.forward({x_.params(), x_.q.data(), x_.k.data(), x_.v.data(), x_.strides(), x_.strides(),
+                             out_.data(), logsumexp_.data()});
+  }
+};
+
+TEST_P(ExpertAttentionTest, ForwardEqualsTheDefinition) {
+  ASSERT_EQ(forward(), Status::kOk);
+  std::vector<double> want(x_.q.size());
+  for (int64_t n = 0; n < x_.rows; ++n)
+    for (int64_t a = 0; a < x_.s.heads; ++a) {
+      const std::vector<double> p = x_.weights(n, a);
+      for (int64_t j = 0; j < x_.keys; ++j)
+        for (int64_t d = 0; d < x_.s.head_dim; ++d) want[x_.query(n, a) + d] += p[j] * x_.v[x_.key(n, a, j) + d];
+    }
+  expect_near(out_, want);
+}
+
+TEST_P(ExpertAttentionTest, BackwardEqualsTheDefinition) {
+  ASSERT_EQ(forward(), Status::kOk);
+  std::vector<float> grad_q(x_.q.size(), NAN), grad_k(x_.k.size(), NAN), grad_v(x_.v.size(), NAN);
+  ASSERT_EQ(backend_.backward({x_.params(), x_.grad_out.data(), x_.q.data(), x_.k.data(), x_.v.data(), out_.data(),
+                               logsumexp_.data(), x_.strides(), x_.strides(), grad_q.data(), grad_k.data(),
+                               grad_v.data(), x_.strides(), x_.strides()}),
+            Status::kOk);
+  const Gradients want = gradients(x_);
+  expect_near(grad_q, want.q);
+  expect_near(grad_k, want.k);
+  expect_near(grad_v, want.v);
+}
+
+constexpr AttentionMask kNone = AttentionMask::kNone;
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, ExpertAttentionTest,
+    testing::Combine(testing::ValuesIn(kBackends),
+                     testing::Values(Shape{1, 1, 0, 0, 1, 1, 8, kNone}, Shape{2, 31, 0, 0, 6, 2, 16, kNone},
+                                     Shape{1, 129, 0, 5, 3, 1, 64, kNone}, Shape{2, 1, 70, 9, 9, 3, 24, kNone},
+                                     Shape{1, 20, 64, 0, 33, 1, 8, kNone}, Shape{1, 12, 3, 0, 2, 2, 256, kNone},
+                                     Shape{2, 66, 5, 0, 4, 2, 40, AttentionMask::kKeys},
+                                     Shape{2, 33, 40, 0, 4, 2, 16, AttentionMask::kPairs},
+                                     Shape{2, 33, 40, 0, 4, 1, 16, AttentionMask::kBias})),
+    [](const auto& info) {
+      const Shape& s = std::get<1>(info.param);
+      return std::string(std::get<0>(info.param).name) + "_B" + std::to_string(s.batch) + "_S" +
+             std::to_string(s.slots) + "_A" + std::to_string(s.heads) + "_D" + std::to_string(s.head_dim) + "_mask" +
+             std::to_string(static_cast<int>(s.mask));
+    });
+
+TEST(ExpertAttention, ABrokenPlanIsRefused) {
+  Problem x(Shape{1, 6, 0, 0, 1, 1, 8, kNone});
+  std::vector<float> out(x.q.size()), logsumexp(x.rows);
+  auto run = [&] {
+    return cpu::expert_attention(
+        {x.params(), x.q.data(), x.k.data(), x.v.data(), x.strides(), x.strides(), out.data(), logsumexp.data()},
+        serial);
+  };
+  ASSERT_EQ(run(), Status::kOk);
+  const Problem good = x;
+  x.tokens.back() = 6;
+  EXPECT_EQ(run(), Status::kIndexOutOfRange);
+  x = good;
+  x.offsets.back() = 7;
+  EXPECT_EQ(run(), Status::kIndexOutOfRange);
+  x = good;
+  x.offsets = {0, 6, 6, 6};
+  x.tokens = {0, 1, 3, 2, 4, 5};
+  EXPECT_EQ(run(), Status::kIndexOutOfRange);
+}
+
+// Who takes which item must not show in the result.
+TEST(ExpertAttention, TheOrderOfTheWorkDoesNotShow) {
+  const Problem x(Shape{2, 90, 0, 0, 4, 2, 16, kNone});
+  auto run = [&](const ParallelFor& parallel_for) {
+    std::vector<float> out(x.q.size(), NAN), logsumexp(x.rows * x.s.heads, NAN);
+    EXPECT_EQ(cpu::expert_attention({x.params(), x.q.data(), x.k.data(), x.v.data(), x.strides(), x.strides(),
+                                     out.data(), logsumexp.data()},
+                                    parallel_for),
+              Status::kOk);
+    return out;
+  };
+  const ParallelFor backwards = [](int64_t count, int64_t, const auto& body) {
+    for (int64_t i = count; i-- > 0;) body(i, i + 1);
+  };
+  EXPECT_EQ(run(serial), run(backwards));
+}
+
+TEST(Isa, TheChoiceIsNamedAndNeverAboveTheBest) {
+  const cpu::IsaChoice& choice = cpu::isa_choice();
+  EXPECT_LE(choice.isa, choice.best);
+  if (!choice.honoured) {
+    EXPECT_EQ(choice.isa, choice.best);
+  } else if (choice.requested) {
+    EXPECT_STREQ(cpu::isa_name(choice.isa), choice.requested);
+  }
+}
+
+}  // namespace
+}  // namespace micro_kernels
