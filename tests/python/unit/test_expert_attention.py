@@ -79,7 +79,7 @@ def check(arguments: dict[str, object]) -> None:
         return
     grads = torch.autograd.grad(got, inputs, weight)
     wants = torch.autograd.grad(want, [wide[name] for name in "qkv"], weight.double())
-    # Gradients of scores are differences of terms as large as those that make grad_v; one key leaves the rounding alone.
+    # Gradients of scores are differences of terms as large as those of grad_v; with one key only rounding is left.
     scale = max(1.0, *(w.abs().max().item() for w in wants))
     for g, w in zip(grads, wants, strict=True):
         assert_near(g, w.to(g.dtype), scale)
