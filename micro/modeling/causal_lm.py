@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
 from micro.modeling import keys, losses
 from micro.modeling.config import MiCRoConfig
 from micro.modeling.generation import MiCRoGenerationMixin
+from micro.modeling.layers import Linear
 from micro.modeling.model import MiCRoModel, MiCRoPreTrainedModel
 from micro.modeling.outputs import MiCRoCausalLMOutputWithPast, MiCRoModelOutputWithPast
 from micro.modeling.steer import Steering
@@ -26,7 +27,7 @@ class MiCRoForCausalLM(MiCRoPreTrainedModel, MiCRoGenerationMixin):
     def __init__(self, config: MiCRoConfig) -> None:
         super().__init__(config)
         self.model = MiCRoModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.register_load_state_dict_pre_hook(keys.stack_official_keys)  # type: ignore[no-untyped-call]
         self.post_init()  # type: ignore[no-untyped-call]
 

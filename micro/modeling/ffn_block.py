@@ -10,7 +10,7 @@ from micro.modeling.block import LayerResult, MiCRoBlocks, decide, jitter, resul
 from micro.modeling.cache import append_to_cache
 from micro.modeling.call import Call, LayerControls
 from micro.modeling.config import MiCRoConfig
-from micro.modeling.layers import RMSNorm, touch
+from micro.modeling.layers import Linear, RMSNorm, touch
 from micro.modeling.router import MiCRoRouter
 
 
@@ -23,10 +23,10 @@ class MiCRoAttention(nn.Module):
         self.index, self.olmo = index, config.backbone == "olmo2"
         self.heads = (config.num_attention_heads, int(config.num_key_value_heads or 0), head)
         queries, keys = self.heads[0] * head, self.heads[1] * head
-        self.q_proj = nn.Linear(hidden, queries, bias=False)
-        self.k_proj = nn.Linear(hidden, keys, bias=False)
-        self.v_proj = nn.Linear(hidden, keys, bias=False)
-        self.o_proj = nn.Linear(queries, hidden, bias=False)
+        self.q_proj = Linear(hidden, queries)
+        self.k_proj = Linear(hidden, keys)
+        self.v_proj = Linear(hidden, keys)
+        self.o_proj = Linear(queries, hidden)
         if self.olmo:
             eps = float(config.rms_norm_eps or 0)
             self.q_norm = RMSNorm(queries, eps, gain_in_float32=True)

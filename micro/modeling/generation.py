@@ -107,6 +107,15 @@ class MiCRoGenerationMixin(GenerationMixin):
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """A draft model is not asked for traces, and a dense one does not know our controls."""
+        inputs = dict(kwargs["model_kwargs"])
+        inputs.pop("output_routing", None)
+        if not isinstance(kwargs.get("assistant_model"), MiCRoGenerationMixin):
+            inputs.pop("steering", None)
+        parent: Any = super()
+        return parent._get_candidate_generator(*args, **{**kwargs, "model_kwargs": inputs})
+
     def _get_static_cache_init_shape(self) -> tuple[int, int]:
         return self.config.cache_heads, int(self.config.head_dim or 0)
 

@@ -34,6 +34,28 @@ class StackedLinear(nn.Module):
         return f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
 
 
+class Linear(nn.Linear):
+    """A plain linear map without bias, an ``nn.Linear`` in name, parameters and hooks.
+
+    Few rows without gradient (decoding) go through :func:`micro.ops.expert_linear` as a layer with one expert: it reads
+    the weights at memory speed, where the general product of torch does not.
+    """
+
+    few = 8  # rows up to which the weights' bytes, not the arithmetic, set the time
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [...,in] -> [...,out]."""
+        rows = input.numel() // self.in_features
+        if torch.is_grad_enabled() or not 0 < rows <= self.few or input.dtype != self.weight.dtype:
+            return super().forward(input)
+        offsets = torch.tensor((0, rows), dtype=torch.int32, device=input.device)
+        flat = ops.expert_linear(input.reshape(rows, self.in_features), self.weight[None], offsets)
+        return flat.view(*input.shape[:-1], self.out_features)
+
+
 class StackedNorm(nn.Module):
     """RMS norms of all experts of a layer, one gain [E,size] (model.md 2.2)."""
 

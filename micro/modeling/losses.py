@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from micro import ops
 from micro.modeling.config import MiCRoConfig
+from micro.modeling.layers import Linear
 from micro.modeling.outputs import MiCRoModelOutputWithPast
 
 IGNORED = -100
@@ -47,7 +48,7 @@ def language_loss(
 
 def is_plain_head(head: nn.Module) -> bool:
     """Whether the head is its weight and nothing else: no adapter, hook, bias or parametrisation."""
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+    if type(head) not in (nn.Linear, Linear) or head._forward_hooks or head._forward_pre_hooks:
         return False
     return vars(head).get("forward") is None and head._parameters.get("bias") is None
 

@@ -7,15 +7,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from micro.modeling.config import MiCRoConfig
+from micro.modeling.layers import Linear
 
 
-class RouterMap(nn.Linear):
+class RouterMap(Linear):
     """One of a router's two maps. A class of its own, because routers start otherwise than other linear layers and
     transformers initialises each module by its class.
     """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
 
 
 class MiCRoRouter(nn.Module):

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from small_models import ALL_FOUR, random_ids, small_model
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation import BaseStreamer
 
 import micro.steering as steering
@@ -96,6 +96,19 @@ def test_prompt_lookup_and_assistant_give_the_greedy_answer() -> None:
     out = model.generate(ids, max_new_tokens=12, force="logic", assistant_model=draft, output_routing=True, **GREEDY)
     assert torch.equal(out.sequences, forced)
     assert bool((out.routing.ids == 0).all())
+
+
+def test_a_dense_draft_model() -> None:
+    model = small_model()
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    draft = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).double().eval()
+    ids = random_ids(1, 5)
+    want = model.generate(ids, max_new_tokens=10, keep=["logic", "world"], **GREEDY)
+    out = model.generate(
+        ids, max_new_tokens=10, keep=["logic", "world"], assistant_model=draft, output_routing=True, **GREEDY
+    )
+    assert torch.equal(out.sequences, want)
+    assert set(out.routing.ids.unique().tolist()) <= {0, 2}
 
 
 def test_continued_cache_traces_from_its_start() -> None:
@@ -258,7 +271,7 @@ def test_refusals() -> None:
         model.generate(ids, output_routing=True, return_dict_in_generate=False, **GREEDY)
     with pytest.raises(ValueError, match="not used by the model"):
         model.generate(ids, ablated="logic", **GREEDY)
-    with pytest.raises(ValueError, match="every expert is ablated at row 0, layer 0 .*slot 0"):
+    with pytest.raises(ValueError, match=r"every expert is ablated at row 0, layer 0 .*slot 0"):
         model.generate(ids, ablate=[0, 1, 2, 3], **GREEDY)
     with pytest.raises(ValueError, match="use_router=False"):
         small_model(use_router=False).generate(ids, **GREEDY)
@@ -298,6 +311,3 @@ def test_embeddings_as_prompt() -> None:
     whole = model.generate(ids, max_new_tokens=5, output_routing=True, **GREEDY)
     assert torch.equal(out.sequences, whole.sequences[:, 5:])
     assert torch.equal(out.routing.ids, whole.routing.ids)
-
-
-assert TextIteratorStreamer  # what people use; Listener above needs no tokenizer

@@ -226,8 +226,8 @@ def test_logits_to_keep_and_skip() -> None:
     ids = random_ids(2, 6)
     with torch.no_grad():
         whole = model(ids).logits
-        assert torch.equal(model(ids, logits_to_keep=2).logits, whole[:, -2:])
-        assert torch.equal(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
+        assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:], MODEL_FLOAT64)
+        assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]], MODEL_FLOAT64)
         assert model(ids, labels=ids, skip_logits=True).logits is None
         assert model(ids, labels=ids).logits.shape == (2, 6, 61)
         sliced = model(ids, labels=ids, logits_to_keep=1)
@@ -278,3 +278,41 @@ def test_bfloat16_error_is_of_the_order_of_the_eager_reference() -> None:
         mine = rounded(ids, routing_labels=labels).logits.double()
         eager = reference_of(rounded)(ids, rows=rows).logits.double()
     assert float((mine - want).abs().mean()) <= 2 * float((eager - want).abs().mean())
+
+
+def test_fast_numerics_fold_the_router_without_gradient_only() -> None:
+    exact, fast = small_model(), small_model(numerics="fast")
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        a, b = exact(ids, output_routing=True), fast(ids, output_routing=True)
+        assert torch.equal(a.routing.ids, b.routing.ids)
+        assert_close(b.logits, a.logits, MODEL_FLOAT64)
+        router = fast.model.layers[0].router
+        folded = router._folded[1]
+        assert folded.shape == (4, 32)
+        fast(ids)
+        assert router._folded[1] is folded, "folded once"
+        router.out_proj.weight.mul_(2)  # as an optimiser step does
+        exact.model.layers[0].router.out_proj.weight.mul_(2)
+        assert_close(fast(ids).logits, exact(ids).logits, MODEL_FLOAT64)
+    seen = []
+    router.in_proj.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        fast(ids)
+    assert seen, "a hook on a map runs"
+    fast.train()(ids, labels=ids, experts_per_token=2).loss.backward()
+    exact.train()(ids, labels=ids, experts_per_token=2).loss.backward()
+    assert_close(router.in_proj.weight.grad, exact.model.layers[0].router.in_proj.weight.grad, MODEL_FLOAT64)
+
+
+def test_autocast() -> None:
+    for backbone, kind in ALL_FOUR:
+        model = small_model(backbone, kind, dtype=torch.float32).train()
+        ids = random_ids(2, 9)
+        want = float(model(ids, labels=ids, routing_labels=ids % 4).loss.detach())
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, routing_labels=ids % 4).loss
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert float(loss.detach()) == pytest.approx(want, rel=0.02)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
