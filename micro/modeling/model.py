@@ -211,7 +211,10 @@ class MiCRoModel(MiCRoPreTrainedModel):
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, exactly one of them")
-        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or x.shape[1] == 0:
+            raise ValueError(f"the input has shape {list(x.shape[:-1])}, expected [rows, slots] with at least one slot")
+        return x
 
     def _steering(self, steering: Steering | None, **controls: Any) -> Steering:
         if steering is None:
