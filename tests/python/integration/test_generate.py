@@ -122,6 +122,16 @@ def test_continued_cache_traces_from_its_start() -> None:
     assert (out.routing.start, out.routing.prompt_length) == (4, 6)
     check_trace(model, out.sequences, out.routing)
     assert out.routing.prompt.ids.shape[2] == 2
+    # only the new ids, with the mask of the whole sequence; an S axis then counts from the first new id
+    cache.truncate(4)
+    force = torch.tensor([[[0, 2]]])
+    more = model.generate(
+        ids[:, 4:], attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=5, force=force,
+        output_routing=True, **GREEDY,
+    )  # fmt: skip
+    assert (more.routing.start, more.routing.prompt_length) == (4, 6)
+    assert more.routing.prompt.ids[:, 0, :, 0].tolist() == [[0, 2], [0, 2]]
+    assert more.routing.answer.ids.shape[2] == 4
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -261,6 +261,10 @@ def test_refused_arguments() -> None:
         model()
     with pytest.raises(ValueError, match="exactly one"):
         model(ids, inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(ValueError, match=r"shape \[1, 0\], expected \[rows, slots\]"):
+        model(ids[:, :0])
+    with pytest.raises(ValueError, match=r"shape \[4\]"):
+        model(ids[0])
     with pytest.raises(TypeError, match="unexpected keyword"):
         model(ids, ablated="logic")
 

@@ -1,4 +1,4 @@
-"""Files: official names, bit-equal round trips, one error for everything that does not fit, and the traps of loaders."""
+"""Files: official names, bit-equal round trips, one error for all that does not fit, and the traps of loaders."""
 
 from __future__ import annotations
 

@@ -138,9 +138,19 @@ class Rows(Dataset):
 
 def arguments(folder: Path, **options: object) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], save_steps=3,
-        save_strategy="steps", label_names=["labels"], use_cpu=True, disable_tqdm=True, logging_steps=100, seed=1, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=3,
+        label_names=["labels"],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=100,
+        seed=1,
+        **options,
+    )
 
 
 def test_plain_trainer_resumes_bit_equal(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -164,7 +166,7 @@ def test_i8_any_split_into_calls(backbone: str, kind: str, seed: int, cuts: list
     cache, parts = MiCRoCache(model.config), []
     edges = [0, *sorted(set(cuts)), 12]
     with torch.no_grad():
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             parts.append(model(ids[:, a:b], past_key_values=cache, experts_per_token=k).logits)
     assert_close(torch.cat(parts, 1), logits(model, ids, experts_per_token=k), MODEL_FLOAT64)
 

@@ -211,7 +211,7 @@ def test_labels_without_a_language_expert() -> None:
     ids = random_ids(1, 4)
     model(ids, routing_labels=torch.tensor([[0, 1, 2, 0]]))
     with pytest.raises(
-        ValueError, match="label -1 .it means the expert named language, and there is none. at row 0, slot 1"
+        ValueError, match=r"label -1 .it means the expert named language, and there is none. at row 0, slot 1"
     ):
         model(ids, routing_labels=torch.tensor([[0, -1, 2, 0]]))
 
