@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130
+
 
 def train(
     recipe: Annotated[
@@ -38,7 +40,7 @@ def train(
     json: Annotated[
         bool, typer.Option("--json", help="Print the plan or the result as JSON on standard output.")
     ] = False,
-) -> int:
+) -> None:
     """Train the stages of a recipe.
 
     Ctrl-C saves a checkpoint and exits with status 130; `touch OUTPUT/CHECKPOINT` saves one and goes on. For several
@@ -46,21 +48,22 @@ def train(
     """
     if list_recipes:
         _list(json)
-        return 0
+        return
     if recipe is None:
         raise typer.BadParameter("name a recipe, or see --list", param_hint="RECIPE")
     from micro.training import recipe as recipes
 
     if show:
         typer.echo(recipes.find(recipe).read_text(encoding="utf-8"), nl=False)
-        return 0
+        return
     resolved = recipes.load(recipe, settings or [])
     from micro.training import run
 
     folder = output or Path("runs") / (resolved.name or "run")
     result = run(resolved, output_dir=folder, resume=from_checkpoint or resume, dry_run=dry_run, quiet=quiet or json)
     _report(result, json)
-    return 130 if result.status == "interrupted" else 0
+    if result.status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
 
 
 def _list(json: bool) -> None:
@@ -78,8 +81,12 @@ def _list(json: bool) -> None:
 
 
 def _report(result: object, json: bool) -> None:
+    import os
+
     from micro.training import RunResult
 
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process of several speaks
     assert isinstance(result, RunResult)
     if json:
         import json as format_json

@@ -31,14 +31,21 @@ TRIGGER = "CHECKPOINT"
 
 
 class Stopper:
-    """Ctrl-C and SIGTERM: the first asks for a save at the end of the step, the second ends the process at once."""
+    """Ctrl-C and SIGTERM: the first asks for a save at the end of the step, the same again ends the process at once.
+
+    A launcher of several processes answers Ctrl-C with a SIGTERM of its own: that one must not cut the save short.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._seen: set[int] = set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if number in self._seen:
             os._exit(INTERRUPTED)
+        self._seen.add(number)
+        if self.requested:
+            return
         self.requested = True
         message = "micro: stopping: a checkpoint is saved at the end of this step; once more quits at once\n"
         os.write(2, message.encode())

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from micro import _native  # noqa: F401  (loads libmicro, which micro._C needs)
-from micro._C import Curriculum, FreezeRule, Stage
+from micro.curriculum import Curriculum, FreezeRule, Stage
 
 if TYPE_CHECKING:
     from .recipe import Recipe, ResolvedStage

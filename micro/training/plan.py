@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -104,7 +105,7 @@ _COST_ROWS: list[tuple[str, Callable[[StagePlan], str]]] = [
     ("trained on", lambda stage: f"{stage.targets:,}"),
     *(
         (f"memory: {part}", lambda stage, part=part: size(stage.memory[part]))
-        for part in ("weights", "gradients", "optimizer", "activations", "total")
+        for part in ("weights", "gradients", "optimizer", "activations", "process", "total")
     ),
     ("checkpoints kept", lambda stage: f"{stage.checkpoints} x {size(stage.checkpoint_bytes)}"),
 ]
@@ -131,8 +132,13 @@ def make_plan(
     ]
     weights = _weight_bytes(model)
     models = len(stages) if recipe.keep_stage_models else min(2, len(stages))
+    kept = [p.checkpoint_bytes * p.checkpoints for p in plans]
+    if recipe.keep_stage_checkpoints:
+        saved = sum(kept)
+    else:
+        saved = max(kept)
     # One checkpoint more than is kept stands on disk while it is written.
-    saved = [p.checkpoint_bytes * (p.checkpoints + 1) if p.checkpoints else 0 for p in plans]
+    saved += max(p.checkpoint_bytes if p.checkpoints else 0 for p in plans)
     return Plan(
         name=recipe.name or "run",
         parameters={name: count for name, count in groups.items() if count},
@@ -140,7 +146,7 @@ def make_plan(
         precision=recipe.precision,
         processes=processes,
         stages=plans,
-        disk=models * weights + sum(saved),
+        disk=models * weights + saved,
     )
 
 
@@ -182,12 +188,13 @@ def _stage_plan(
 
 
 def _memory(recipe: Recipe, model: Any, stage: ResolvedStage, trained: int, longest: int) -> dict[str, int]:
-    """Bytes of one training step by part (performance.md 4.4)."""
+    """Bytes of one training step by part (performance.md 4.4); "process": Python, libraries, rows, as they are now."""
     from micro import estimate
 
     shape = estimate.shape_of(model)
     if shape.kind != "dense":
-        shape = replace(shape, K=stage.experts_per_token)
+        # Labels choose one expert: the second one's weight is 0, and it is not computed.
+        shape = replace(shape, K=1 if stage.route_by == "labels" else stage.experts_per_token)
     narrow = recipe.precision == "bfloat16"
     width = 2 if narrow else 4
     tokens = stage.micro_batch_size * longest
@@ -199,7 +206,16 @@ def _memory(recipe: Recipe, model: Any, stage: ResolvedStage, trained: int, long
             shape, tokens, "float32" if width == 4 else "bfloat16", checkpointing=recipe.gradient_checkpointing
         ),
     }
+    parts["process"] = max(0, resident_bytes() - parts["weights"])
     return {**parts, "total": sum(parts.values())}
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now, its libraries included; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _weight_bytes(model: Any) -> int:

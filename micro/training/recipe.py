@@ -27,7 +27,16 @@ LOSSES = ("load_balancing_loss", "z_loss", "label_loss", "entropy")
 # Where metrics go beside metrics.jsonl, which is always written.
 REPORTERS = ("csv", "tensorboard")
 # Settings that a resumed run may change: none of them touches a weight.
-FREE_ON_RESUME = ("name", "description", "save_every", "keep_last", "keep_stage_models", "report_to", "log_every")
+FREE_ON_RESUME = (
+    "name",
+    "description",
+    "save_every",
+    "keep_last",
+    "keep_stage_models",
+    "keep_stage_checkpoints",
+    "report_to",
+    "log_every",
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,8 @@ class Recipe:
     small random model made on the spot). kind: "block" | "ffn" experts, or "dense" (the backbone itself, the baseline).
     precision: float32; bfloat16 (weights, with float32 masters in the optimizer); autocast (float32 weights, bfloat16
     products). freeze: what "experts" means, model.md 6.1. save_every: "10min", "epoch", "25%", a number of steps, or
-    None.
+    None. keep_last: checkpoints per stage. keep_stage_models, keep_stage_checkpoints: whether a stage's model outlives
+    the next stage, and its checkpoints the stage.
     """
 
     backbone: str
@@ -168,6 +178,7 @@ class Recipe:
     save_every: str | int | None = "epoch"
     keep_last: int = 2
     keep_stage_models: bool = True
+    keep_stage_checkpoints: bool = True
     report_to: list[str] = field(default_factory=list)
     log_every: int = 1
 

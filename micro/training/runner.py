@@ -372,7 +372,10 @@ class _Run:
             backbone.write(self.model.eval(), self.tokenizer, folder)
             self.record["stages"][index] = {"name": self.stages[index].name, "status": "done", "model": str(folder)}
             self._write_record()
-            if index and not self.recipe.keep_stage_models:
+            if not self.recipe.keep_stage_checkpoints:
+                for checkpoint in checkpoints.listed(self.folder / self.stages[index].folder):
+                    checkpoints.discard(checkpoint)
+            if index and not self.recipe.keep_stage_models and self._model_folder(index - 1).is_dir():
                 checkpoints.discard(self._model_folder(index - 1))
         self.processes.wait_for_everyone()
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -238,6 +242,23 @@ def test_the_command_lists_shows_and_plans(tmp_path: Path, capsys: pytest.Captur
     assert cli.run(["train"]) == 2
     assert cli.run(["train", "smoke", "learning_rat=1"]) == 2
     assert "did you mean 'learning_rate'" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_ends_with_130(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+
+    def press() -> None:
+        while not (folder / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    settings = ["stages.induce.max_steps=5000", "save_every=never"]
+    assert cli.run(["train", "smoke", *SMALL, *settings, "--quiet", "--output", str(folder)]) == 130
+    thread.join()
+    assert "--resume" in capsys.readouterr().err
+    assert len(list((folder / "1-induce").glob("checkpoint-*"))) == 1
 
 
 def test_conversations_have_no_labels_to_route_by(tmp_path: Path) -> None:
