@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoints import CheckpointError as CheckpointError
-    from .curriculum import Curriculum as Curriculum
-    from .curriculum import FreezeRule as FreezeRule
-    from .order import Rows as Rows
-    from .recipe import Encoding as Encoding
-    from .recipe import Generate as Generate
-    from .recipe import Recipe as Recipe
-    from .recipe import Source as Source
-    from .recipe import Stage as Stage
-    from .runner import RunResult as RunResult
-    from .runner import run as run
-    from .schema import RecipeError as RecipeError
-    from .trainer import MiCRoTrainer as MiCRoTrainer
+    from micro.training.checkpoints import CheckpointError as CheckpointError
+    from micro.training.curriculum import Curriculum as Curriculum
+    from micro.training.curriculum import FreezeRule as FreezeRule
+    from micro.training.order import Rows as Rows
+    from micro.training.recipe import Encoding as Encoding
+    from micro.training.recipe import Generate as Generate
+    from micro.training.recipe import Recipe as Recipe
+    from micro.training.recipe import Source as Source
+    from micro.training.recipe import Stage as Stage
+    from micro.training.runner import RunResult as RunResult
+    from micro.training.runner import run as run
+    from micro.training.schema import RecipeError as RecipeError
+    from micro.training.trainer import MiCRoTrainer as MiCRoTrainer
 
 _HOMES = {
     "checkpoints": ("CheckpointError",),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoints
+from micro.training import checkpoints
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from micro.training.recipe import Recipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 TINY = "tiny"

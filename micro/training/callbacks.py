@@ -18,13 +18,12 @@ import torch
 from transformers import TrainerCallback
 
 from micro.progress import Progress
-
-from .metrics import MetricsWriter
+from micro.training.metrics import MetricsWriter
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from .trainer import MiCRoTrainer
+    from micro.training.trainer import MiCRoTrainer
 
 INTERRUPTED = 130
 TRIGGER = "CHECKPOINT"

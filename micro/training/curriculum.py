@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from micro.curriculum import Curriculum, FreezeRule, Stage
 
 if TYPE_CHECKING:
-    from .recipe import Recipe, ResolvedStage
+    from micro.training.recipe import Recipe, ResolvedStage
 
 __all__ = ["Curriculum", "FreezeRule", "Stage", "build_curriculum"]
 
@@ -28,7 +28,7 @@ def build_curriculum(
     recipe: Recipe, stages: Sequence[ResolvedStage], steps: Sequence[int], *, start: int = 0
 ) -> Curriculum:
     """The curriculum of a recipe, standing at the first step of stage `start`. steps: optimizer steps of each stage."""
-    from .recipe import aux_window
+    from micro.training.recipe import aux_window
 
     made = [
         Stage(

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .recipe import Recipe, ResolvedStage, parse_save_every
+from micro.training.recipe import Recipe, ResolvedStage, parse_save_every
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .sources import StageData
+    from micro.training.sources import StageData
 
 GROUPS = ("embedding", "head", "final norm", "routers", "experts", "shared layers")
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from micro.errors import choices
-
-from .schema import RecipeError, apply_overrides, build, read_yaml
+from micro.training.schema import RecipeError, apply_overrides, build, read_yaml
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 

@@ -25,21 +25,28 @@ import torch
 
 from micro.errors import RunError
 from micro.files import write_text
-
-from . import backbone, checkpoints
-from .callbacks import TRIGGER, ReportCallback, SaveCallback, StageLabel, Stopper
-from .curriculum import build_curriculum
-from .metrics import MetricsWriter
-from .plan import Plan, check_disk, make_plan
-from .recipe import FREE_ON_RESUME, Recipe, ResolvedStage, aux_window, freeze_pad_row, load, parse_save_every
-from .sources import StageData, load_stage_data
+from micro.training import backbone, checkpoints
+from micro.training.callbacks import TRIGGER, ReportCallback, SaveCallback, StageLabel, Stopper
+from micro.training.curriculum import build_curriculum
+from micro.training.metrics import MetricsWriter
+from micro.training.plan import Plan, check_disk, make_plan
+from micro.training.recipe import (
+    FREE_ON_RESUME,
+    Recipe,
+    ResolvedStage,
+    aux_window,
+    freeze_pad_row,
+    load,
+    parse_save_every,
+)
+from micro.training.sources import StageData, load_stage_data
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import TrainerCallback, TrainingArguments
 
-    from .trainer import MiCRoTrainer
+    from micro.training.trainer import MiCRoTrainer
 
 RUN_FILE = "run.json"
 MODEL = "model"
@@ -312,8 +319,7 @@ class _Run:
         from transformers.trainer_callback import PrinterCallback
 
         from micro.data import Collator
-
-        from .trainer import MiCRoTrainer
+        from micro.training.trainer import MiCRoTrainer
 
         trainer = MiCRoTrainer(
             model=self.model,

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .order import RowBuilder, Rows
+from micro.training.order import RowBuilder, Rows
 
 if TYPE_CHECKING:
-    from .recipe import ResolvedStage, Source
+    from micro.training.recipe import ResolvedStage, Source
 
 KEPT = ("encoded", "truncated", "answer_cut")  # counts of rows that are trained on
 LABEL_OPTIONS = ("label_tokenisation", "last_span", "truncation")  # options of labelled answers only

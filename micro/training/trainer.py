@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from . import checkpoints
-from .order import Rows, WindowSampler
-from .statistics import RoutingStatistics, RoutingSummary
+from micro.training import checkpoints
+from micro.training.order import Rows, WindowSampler
+from micro.training.statistics import RoutingStatistics, RoutingSummary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
