@@ -51,6 +51,8 @@ def route(
 
     Source: model.md 2.3, 2.10, 4.3; MiCRo, token-level router; ``probability``: Fedus et al. (2022), Switch.
     """
+    if logits is None and rows is None:  # without a tensor there is no device to dispatch on
+        raise ValueError("micro::route: logits or rows must be given")
     return Routing(*torch.ops.micro.route(logits, k, rows, bias, ablate, force, replay, weight_rule))
 
 

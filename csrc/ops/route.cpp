@@ -320,8 +320,6 @@ TORCH_LIBRARY_IMPL(micro, CUDA, m) {
   m.impl("route", forward);
   m.impl("route_backward", backward);
 }
-// Without a tensor there is no device to dispatch on: the checks say what is missing.
-TORCH_LIBRARY_IMPL(micro, Undefined, m) { m.impl("route", forward_meta); }
 TORCH_LIBRARY_IMPL(micro, Meta, m) {
   m.impl("route", forward_meta);
   m.impl("route_backward", backward_meta);
