@@ -178,7 +178,8 @@ class _Run:
                     checkpoints.sweep(folder)
             self.processes.wait_for_everyone()
             if not path.is_file():
-                if isinstance(resume, bool):
+                # run.json comes first, so a run that was killed before it has left nothing visible.
+                if isinstance(resume, bool) and not list(self.folder.glob("[!.]*")):
                     return None
                 raise ValueError(f"{self.folder}: there is no {RUN_FILE}: this is no run that could be resumed")
             try:
@@ -376,7 +377,11 @@ class _Run:
         if self.main:
             folder = self._model_folder(index)
             backbone.write(self.model.eval(), self.tokenizer, folder)
-            self.record["stages"][index] = {"name": self.stages[index].name, "status": "done", "model": str(folder)}
+            self.record["stages"][index] = {
+                "name": self.stages[index].name,
+                "status": "done",
+                "model": str(folder.relative_to(self.folder)),
+            }
             self._write_record()
             if not self.recipe.keep_stage_checkpoints:
                 for checkpoint in checkpoints.listed(self.folder / self.stages[index].folder):

@@ -96,6 +96,7 @@ def test_run_json_tells_what_was_run(done: RunResult) -> None:
     stored = json.loads((done.output_dir / "run.json").read_text())
     assert stored["recipe"]["stages"][0]["name"] == "induce"
     assert [stage["status"] for stage in stored["stages"]] == ["done"] * 3
+    assert [stage["model"] for stage in stored["stages"]] == ["1-induce/model", "2-calibrate/model", "model"]
     assert stored["versions"]["torch"] == torch.__version__
     assert [len(data["tokens_sha256"]) for data in stored["data"]] == [64] * 3
 
@@ -127,6 +128,9 @@ def test_a_used_folder_and_a_changed_recipe_are_refused(done: RunResult, tmp_pat
         run(small("smoke", "learning_rate=1e-4", "seed=5"), output_dir=done.output_dir, resume=True, quiet=True)
     with pytest.raises(ValueError, match=r"no run\.json"):
         run(small(), output_dir=tmp_path, resume=tmp_path / "checkpoint-1", quiet=True)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        run(small(), output_dir=tmp_path, resume=True, quiet=True)
 
 
 def test_changed_data_are_refused(tmp_path: Path) -> None:
