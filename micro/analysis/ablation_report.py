@@ -114,7 +114,7 @@ class AblationReport(Result):
         return frame
 
     def plot(self) -> Figure:
-        from micro.report.figures import ablation_figure
+        from micro.analysis.figures import ablation_figure
 
         return ablation_figure(self)
 
@@ -124,6 +124,7 @@ def ablation(
     suites: Suite | Sequence[Suite],
     sets: Sequence[str | Sequence[str]] | None = None,
     *,
+    controls: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> AblationReport:
@@ -133,6 +134,7 @@ def ablation(
         model: a MiCRo model of either kind.
         suites: one or several :class:`LossSuite` (or anything with their shape).
         sets: what to remove; each expert alone if not given. A set is a name or a list of names.
+        controls: other steering arguments, the same in every condition (``experts_per_token=1``, say).
         seed: of the bootstrap.
         progress: show a bar on stderr.
 
@@ -145,9 +147,10 @@ def ablation(
     Source: MiCRo, causal ablation; paired intervals instead of the published unpaired test.
     """
     several = list(suites) if isinstance(suites, Sequence) else [suites]
-    chosen = list(sets) if sets is not None else list(model.config.expert_names)
-    conditions: list[tuple[str, dict[str, Any]]] = [("none", {})]
-    conditions += [("+".join([s] if isinstance(s, str) else s), {"ablate": s}) for s in chosen]
+    chosen = list(sets) if sets is not None else list(model.config.expert_names or ())
+    base = dict(controls or {})
+    conditions: list[tuple[str, dict[str, Any]]] = [("none", base)]
+    conditions += [("+".join([s] if isinstance(s, str) else s), {**base, "ablate": s}) for s in chosen]
     report = AblationReport(
         rows=[],
         conditions=[name for name, _ in conditions],
@@ -158,11 +161,11 @@ def ablation(
         tokens=[],
         settings={"interval": "95 % paired bootstrap over records", "bootstrap_draws": 2000, "seed": seed},
     )
-    work = [(suite, name, controls) for suite in several for name, controls in conditions]
+    work = [(suite, given) for suite in several for _, given in conditions]
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
-        scores = [suite.score(model, controls) for suite, _, controls in track(work, "ablation", enabled=progress)]
+        scores = [suite.score(model, given) for suite, given in track(work, "ablation", enabled=progress)]
     finally:
         model.train(was_training)
     for i, suite in enumerate(several):

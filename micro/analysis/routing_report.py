@@ -84,7 +84,7 @@ class RoutingReport(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> Figure:
-        from micro.report.figures import routing_figure
+        from micro.analysis.figures import routing_figure
 
         return routing_figure(self)
 
@@ -172,7 +172,7 @@ def routing(
     counts = _Counts.zeros(len(data), model.config.num_hidden_layers, experts)
     work = list(batches(rows, tokenizer, max_tokens=max_tokens))
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         for records, batch in track(work, "routing", unit="batches", enabled=progress):
             trace = model.model(
@@ -188,7 +188,7 @@ def routing(
             counts.add(records, trace, predicting, answer, labels)
     finally:
         model.train(was_training)
-    return _summary(counts, list(model.config.expert_names), labelled=labelled, seed=seed)
+    return _summary(counts, list(model.config.expert_names or ()), labelled=labelled, seed=seed)
 
 
 def _rows(data: Sequence[Any], tokenizer: Any, options: dict[str, Any]) -> tuple[list[Any], bool]:

@@ -68,5 +68,5 @@ def text_view(
     tensor = torch.as_tensor(ids).reshape(1, -1)
     trace = model.model(input_ids=tensor, use_cache=False, output_routing=True, **controls).routing
     view = trace_view(title, tokenizer, tensor[0].tolist(), trace)
-    view.experts = list(model.config.expert_names)
+    view.experts = list(model.config.expert_names or ())
     return view

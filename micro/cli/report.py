@@ -18,8 +18,8 @@ def report(
 ) -> None:
     """Draw every routing.json, ablation.json and metrics.jsonl below FOLDER on one self-contained page."""
     from micro.analysis import AblationReport, RoutingReport
+    from micro.analysis.figures import loss_figure
     from micro.report import Page, figure_html, table_html
-    from micro.report.figures import loss_figure
 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from micro.analysis.figures import accuracy_figure, loss_figure
 from micro.demo.verdict import verdicts
 from micro.report import Page, figure_html, table_html, token_views_html
-from micro.report.figures import accuracy_figure, loss_figure
 from micro.report.tokens import STYLE
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from micro.demo.run import DemoResult
+    from micro.demo.result import DemoResult
 
 
 def build_page(result: DemoResult) -> Page:

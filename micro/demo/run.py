@@ -8,17 +8,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from micro.demo.plan import DemoPlan
+from micro.demo.result import DemoResult, Steered
 from micro.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from micro.analysis import AblationReport, RoutingReport
     from micro.data import Record
     from micro.report import TokenView
 
@@ -30,33 +30,6 @@ STEERING = {
     "social": ["logic", "world"],
     "world": ["logic", "social"],
 }
-
-
-@dataclass
-class Steered:
-    """One prompt with its answers under each steering setting."""
-
-    prompt: str
-    answers: dict[str, str]
-
-
-@dataclass
-class DemoResult:
-    """Everything that the page and the verdict are made of."""
-
-    plan: DemoPlan
-    receipt: dict[str, Any] = field(default_factory=dict)
-    baseline: dict[str, Any] = field(default_factory=dict)
-    routing: RoutingReport | None = None
-    control: RoutingReport | None = None
-    ablation: AblationReport | None = None
-    control_ablation: AblationReport | None = None
-    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    steered: list[Steered] = field(default_factory=list)
-    views: list[TokenView] = field(default_factory=list)
-    generated: list[TokenView] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_gb: float = 0.0
 
 
 def run_demo(plan: DemoPlan, output: str | Path, *, seed: int = 0, say: Callable[[str], None] = print) -> DemoResult:
@@ -143,7 +116,7 @@ def _check_upcycling(backbone: str, seed: int, say: Callable[[str], None]) -> di
     import micro
 
     model = micro.upcycle(backbone, seed=seed, verify=True)
-    receipt = dict(model.upcycle_receipt)
+    receipt = dict(model.upcycle_receipt or {})
     say(
         f"upcycled {receipt['source']} to four experts: {receipt['parameters']:,} parameters, logits differ from the "
         f"dense model's by at most {receipt['max_abs_diff']:.2g}"
@@ -170,7 +143,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
     import micro
 
-    return micro.load(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return micro.load(folder).train(False), AutoTokenizer.from_pretrained(folder)
 
 
 def _analyse(folder: Path, test: list[Record], output: Path, result: DemoResult, seed: int) -> None:
@@ -192,8 +165,9 @@ def _analyse_control(folder: Path, test: list[Record], output: Path, result: Dem
     from micro.analysis import LossSuite, ablation, routing
 
     model, tokenizer = _load(folder)
-    result.control = routing(model, tokenizer, test, seed=seed, progress=True)
-    result.control_ablation = ablation(model, LossSuite(test, tokenizer), seed=seed, progress=True)
+    one = {"experts_per_token": 1}  # the control ends with stage 2, whose models send a token to two experts
+    result.control = routing(model, tokenizer, test, controls=one, seed=seed, progress=True)
+    result.control_ablation = ablation(model, LossSuite(test, tokenizer), controls=one, seed=seed, progress=True)
     result.control.save(output / "results" / "random_labels")
     result.control_ablation.save(output / "results" / "random_labels")
 

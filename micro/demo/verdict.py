@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from micro.demo.run import DemoResult
+    from micro.demo.result import DemoResult
 
 
 @dataclass

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micro.experts import MARKS, NAMES
-from micro.report.figures import display_order, expert_colours
+from micro.report.palette import display_order, expert_colours, expert_marks
 
 STYLE = """
 .tokens { border: 1px solid var(--line); padding: 12px 16px; margin: 10px 0 18px; position: relative; }
@@ -119,11 +118,6 @@ class TokenView:
             out.append(f"\x1b[38;2;{red};{green};{blue}m{mark}{token}\x1b[0m")
             previous = e
         return "".join(out)
-
-
-def expert_marks(experts: Sequence[str]) -> list[str]:
-    """One letter or number per expert."""
-    return list(MARKS) if tuple(experts) == NAMES else [str(e) for e in range(len(experts))]
 
 
 def legend_html(experts: Sequence[str]) -> str:

@@ -7,28 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.experts import COLOURS, DISPLAY_ORDER, NAMES
+from micro.experts import DISPLAY_ORDER, NAMES
+from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis import AblationReport, RoutingReport
+    from micro.analysis.ablation_report import AblationReport
+    from micro.analysis.routing_report import RoutingReport
 
 GREY = "#5f6368"
-OTHER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe-Ito
-
-
-def expert_colours(experts: Sequence[str]) -> list[str]:
-    """The four official colours for the four official names, a colour-blind-safe palette otherwise."""
-    if tuple(experts) == NAMES:
-        return list(COLOURS)
-    return [OTHER_COLOURS[i % len(OTHER_COLOURS)] for i in range(len(experts))]
-
-
-def display_order(experts: Sequence[str]) -> list[int]:
-    """Indices in the order in which figures show them."""
-    return list(DISPLAY_ORDER) if tuple(experts) == NAMES else list(range(len(experts)))
 
 
 def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
