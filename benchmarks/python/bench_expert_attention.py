@@ -1,7 +1,6 @@
 """Routed attention against causal scaled-dot-product attention of torch over the same tokens.
 
-One process, interleaved pairs A B A B ...; per pair the ratio of times, reported as median, best over best, and spread
-(performance.md 8.2). Outputs are compared with the reference before anything is timed.
+One process, interleaved pairs. Outputs are compared with the reference before anything is timed.
 
     python benchmarks/python/bench_expert_attention.py --tokens 512 2048 --dtype bfloat16 float32
 """
@@ -9,13 +8,12 @@ One process, interleaved pairs A B A B ...; per pair the ratio of times, reporte
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from paired import compare, print_header, write
 from torch import Tensor
 
 from micro import ops
@@ -85,28 +83,6 @@ def check_outputs(dtype: torch.dtype, arguments: argparse.Namespace) -> None:
             raise SystemExit(f"wrong result: relative error {error:.2e} in {dtype}; nothing was timed")
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begin) / repeats
-
-
-def compare(name: str, ours: Callable[[], object], dense: Callable[[], object], pairs: int, flops: float) -> None:
-    for call in (ours, dense):
-        call()
-    repeats = max(1, round(2e-3 / seconds(ours, 1)))  # no timed region below a millisecond
-    times = [(seconds(ours, repeats), seconds(dense, repeats)) for _ in range(pairs)]
-    ratios = sorted(a / b for a, b in times)
-    best, best_dense = min(a for a, _ in times), min(b for _, b in times)
-    print(
-        f"{name:<44} ours {best * 1e3:8.3f} ms ({flops / best / 1e9:5.0f} GFLOP/s)   sdpa {best_dense * 1e3:8.3f} ms   "
-        f"ratio median {statistics.median(ratios):.2f}, best/best {best / best_dense:.2f}, "
-        f"spread {ratios[0]:.2f}-{ratios[-1]:.2f}",
-        flush=True,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
@@ -118,35 +94,35 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    print(
-        f"torch {torch.__version__}, {arguments.threads} threads, load {os.getloadavg()[0]:.2f}, "
-        f"MICRO_ISA {os.environ.get('MICRO_ISA', 'not set')}"
-    )
-    work = 4.0 * arguments.heads * arguments.head_dim  # operations per (query, key) pair
+    print_header()
+    ratios = []
+
+    def take(name: str, ours: Callable[[], object], dense: Callable[[], object]) -> None:
+        ratios.append(compare(name, ours, dense, pairs=arguments.pairs))
+        print(ratios[-1], flush=True)
+
     for dtype in (getattr(torch, name) for name in arguments.dtype):
         check_outputs(dtype, arguments)
         for tokens in arguments.tokens:
             for kind in arguments.routing:
                 p = Problem(tokens, 0, kind, dtype, arguments)
-                name, pairs = f"{str(dtype)[6:]} T={tokens} {kind}", tokens * (tokens + 1) / 2
+                name = f"{str(dtype)[6:]} T={tokens} {kind}"
                 with torch.no_grad():
-                    compare(f"{name} forward", p.ours, p.dense, arguments.pairs, work * pairs)
-                if not arguments.forward_only:
-                    compare(
-                        f"{name} forward+backward",
-                        p.both_ways(p.ours, p.grad, [p.q, p.k, p.v]),
-                        p.both_ways(p.dense, p.dense_grad, [p.dense_q, p.dense_k, p.dense_v]),
-                        arguments.pairs,
-                        3.5 * work * pairs,
-                    )
+                    take(f"{name} forward", p.ours, p.dense)
+                take(
+                    f"{name} forward+backward",
+                    p.both_ways(p.ours, p.grad, [p.q, p.k, p.v]),
+                    p.both_ways(p.dense, p.dense_grad, [p.dense_q, p.dense_k, p.dense_v]),
+                )
         for keys in arguments.decode_keys:
             p = Problem(1, keys - 1, "uniform", dtype, arguments)
             with torch.no_grad():
-                compare(f"{str(dtype)[6:]} one query, {keys} keys", p.ours, p.dense, arguments.pairs, work * keys)
+                take(f"{str(dtype)[6:]} one query, {keys} keys", p.ours, p.dense)
+    write("expert_attention", ratios, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Expert linear map against torch's linear: the same rows per expert, and weights too many for the caches.
 
 Every expert of every layer gets the given rows, layer after layer, as a model does; the other side calls F.linear once
-per expert on the same slices. One process, interleaved pairs; ratios as in performance.md 8.2.
+per expert on the same slices. One process, interleaved pairs.
 
     python benchmarks/python/bench_expert_linear.py --shape 576x576 1536x576 --rows 1 2 4 8 16 --dtype bfloat16
 """
@@ -9,13 +9,11 @@ per expert on the same slices. One process, interleaved pairs; ratios as in perf
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from paired import compare, print_header, write
 from torch import Tensor
 
 from micro import ops
@@ -50,12 +48,6 @@ class Layers:
                 raise SystemExit(f"wrong result: relative error {error:.2e}; nothing was timed")
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["576x576", "1536x576", "576x1536"], help="out x in")
@@ -65,13 +57,12 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256, help="of weights per pass; above the last cache's size")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    print(
-        f"torch {torch.__version__}, {arguments.threads} threads, load {os.getloadavg()[0]:.2f}, "
-        f"MICRO_ISA {os.environ.get('MICRO_ISA', 'not set')}"
-    )
+    print_header()
+    ratios = []
     for name in arguments.dtype:
         for shape in arguments.shape:
             out, width = map(int, shape.split("x"))
@@ -79,16 +70,13 @@ def main() -> None:
                 layers = Layers(out, width, rows, arguments.experts, getattr(torch, name), arguments.megabytes)
                 with torch.no_grad():
                     layers.check()
-                    times = [(seconds(layers.ours), seconds(layers.torch)) for _ in range(arguments.pairs)]
-                ratios = sorted(a / b for a, b in times)
-                ours, theirs = (min(t[i] for t in times) for i in range(2))
-                print(
-                    f"{name} {shape} {rows:4d} rows: ours {layers.bytes / ours / 1e9:6.1f} GB/s "
-                    f"{layers.flops / ours / 1e9:6.0f} GFLOP/s   torch {layers.bytes / theirs / 1e9:6.1f} GB/s "
-                    f"{layers.flops / theirs / 1e9:6.0f} GFLOP/s   ratio median {statistics.median(ratios):.2f}, "
-                    f"best/best {ours / theirs:.2f}, spread {ratios[0]:.2f}-{ratios[-1]:.2f}",
-                    flush=True,
+                    ratio = compare(f"{name} {shape} {rows:4d} rows", layers.ours, layers.torch, pairs=arguments.pairs)
+                ratios.append(ratio)
+                speed = (
+                    f"{layers.bytes / ratio.ours_ms / 1e6:6.1f} GB/s {layers.flops / ratio.ours_ms / 1e6:6.0f} GFLOP/s"
                 )
+                print(f"{ratio}   {speed}", flush=True)
+    write("expert_linear", ratios, arguments.output)
 
 
 if __name__ == "__main__":

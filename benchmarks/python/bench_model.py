@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paired import Ratio, compare, probes, write
+from paired import Ratio, compare, print_header, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import micro
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(probes())
+    print_header()
     ratios = []
     for name in ("float32", "bfloat16") if options.dtype == "both" else (options.dtype,):
         dense, ours = models(options.layers, getattr(torch, name))

@@ -81,6 +81,17 @@ def probes() -> dict[str, Any]:
     return out
 
 
+def print_header() -> None:
+    """What must stand beside every figure, on one line."""
+    import micro
+
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.2f}, "
+        f"instruction set {micro.build_info()['isa']}; {probes()}",
+        flush=True,
+    )
+
+
 def environment() -> dict[str, Any]:
     """Everything that a figure needs beside it."""
     import micro

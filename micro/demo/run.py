@@ -152,13 +152,13 @@ def _analyse(folder: Path, test: list[Record], output: Path, result: DemoResult,
 
     model, tokenizer = _load(folder)
     result.routing = routing(model, tokenizer, test, seed=seed, progress=True)
+    result.routing.save(output / "results" / "micro")
     result.ablation = ablation(model, LossSuite(test, tokenizer), seed=seed, progress=True)
+    result.ablation.save(output / "results" / "micro")
     result.views = [
         record_view(model, tokenizer, record, f"Held-out answer {i + 1}, teacher-forced")
         for i, record in enumerate(test[:SHOWN])
     ]
-    result.routing.save(output / "results" / "micro")
-    result.ablation.save(output / "results" / "micro")
 
 
 def _analyse_control(folder: Path, test: list[Record], output: Path, result: DemoResult, seed: int) -> None:
