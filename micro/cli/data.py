@@ -114,7 +114,7 @@ def build(
     options = {"preset": preset, "max_length": max_length}
     made = _tokenizer(tokenizer, gguf_file)
     counts = write_encoded(file, out, made, chats=_holds_chats(file), tokenizer_name=tokenizer, **options)
-    typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    typer.echo(f"{out}: encoded {counts['encoded']}" + (f", {counts.summary()}" if counts.summary() else ""))
 
 
 def _holds_chats(file: Path) -> bool:

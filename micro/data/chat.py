@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from micro.data.encoding import EncodeOptions, encode_messages, resolve_options
 from micro.data.loading import Report, write_lines
 from micro.data.reading import iter_rows
-from micro.data.records import DataError, DataWarning, Findings, Problem, check_messages, whole_text
+from micro.data.records import DataError, DataWarning, Findings, Problem, check_messages, place_of, whole_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -182,10 +182,11 @@ def encode_conversation(
     tokenizer: PreTrainedTokenizerFast,
     options: EncodeOptions,
     counts: Counter[str] | None = None,
+    index: int | None = None,
 ) -> dict[str, list[int]] | None:
-    """:func:`encode_chat` with options that are already resolved."""
+    """:func:`encode_chat` with options that are already resolved. index: the chat's place, if it came from no file."""
     origin = messages.origin if isinstance(messages, Chat) else None
-    where = "chat" if origin is None else f"{origin[0]}, record {origin[1]}"
+    where = f"{place_of(origin, index, 'chat')}, field 'messages'"
     turns = messages.messages if isinstance(messages, Chat) else messages
     turns = check_messages(turns, lambda at, why: DataError(why, field=f"messages{at}"))
     problem = roles_problem(turns)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,32 +15,29 @@ from typing import TYPE_CHECKING, Any
 from micro.data.chat import Chat, encode_conversation, iter_chat
 from micro.data.encoding import encode_record, resolve_options
 from micro.data.loading import iter_records
-from micro.data.records import DataWarning, Record
+from micro.data.records import DataWarning, Record, RowCounts
 from micro.errors import require
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-# What the counter of `encode` calls a row that is kept; the other names are findings.
-_KEPT = "encoded"
-
 
 def encode_all(
     records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, **encode_options: Any
-) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+) -> tuple[list[dict[str, list[int]]], RowCounts]:
     """The rows that `encode` keeps, and its counts."""
-    options, counts = resolve_options(**encode_options), Counter[str]()
-    rows = (encode_record(record, tokenizer, options, counts) for record in records)
+    options, counts = resolve_options(**encode_options), RowCounts()
+    rows = (encode_record(record, tokenizer, options, counts, index) for index, record in enumerate(records))
     return [row for row in rows if row is not None], counts
 
 
 def encode_all_chats(
     chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, **encode_options: Any
-) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+) -> tuple[list[dict[str, list[int]]], RowCounts]:
     """The rows that `encode_chat` keeps, and its counts."""
-    options, counts = resolve_options(**encode_options), Counter[str]()
-    rows = (encode_conversation(chat, tokenizer, options, counts) for chat in chats)
+    options, counts = resolve_options(**encode_options), RowCounts()
+    rows = (encode_conversation(chat, tokenizer, options, counts, index) for index, chat in enumerate(chats))
     return [row for row in rows if row is not None], counts
 
 
@@ -58,13 +54,13 @@ def chat_to_dataset(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, *
     return _dataset(*encode_all_chats(chats, tokenizer, **encode_options))
 
 
-def _dataset(rows: list[dict[str, list[int]]], counts: Counter[str]) -> Dataset:
+def _dataset(rows: list[dict[str, list[int]]], counts: RowCounts) -> Dataset:
     datasets = require("datasets", "hf", "to_dataset")
-    found = ", ".join(f"{name} {count}" for name, count in counts.items() if name != _KEPT and count)
+    found = counts.summary()
     if not rows:
         raise ValueError(f"to_dataset: no row is left to train on ({found or 'there were no records'})")
     if found:
-        warnings.warn(f"to_dataset: {counts[_KEPT]} rows encoded; {found}", DataWarning, stacklevel=3)
+        warnings.warn(f"to_dataset: {counts['encoded']} rows encoded; {found}", DataWarning, stacklevel=3)
     return datasets.Dataset.from_list(rows)
 
 
@@ -76,7 +72,7 @@ def write_encoded(
     chats: bool,
     tokenizer_name: str,
     **encode_options: Any,
-) -> Counter[str]:
+) -> RowCounts:
     """Encodes a file into a new folder: `rows.parquet` and `build.json` (counts, options, hashes). Returns the counts.
 
     The folder is written beside and renamed. FileExistsError: it is there already. ValueError: no row is left.
@@ -89,7 +85,7 @@ def write_encoded(
     else:
         rows, counts = encode_all(iter_records(source), tokenizer, **encode_options)
     if not rows:
-        raise ValueError(f"{source}: no row is left to train on ({dict(counts)})")
+        raise ValueError(f"{source}: no row is left to train on ({counts.summary()})")
     receipt = {
         "source": str(source),
         "source_sha256": _sha256(source),

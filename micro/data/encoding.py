@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from micro.data.records import DataError, DataWarning, Record, Span
+from micro.data.records import DataError, DataWarning, Record, RowCounts, Span, place_of
 from micro.data.rendering import Rendered, Renderer, renderer_for
 from micro.data.spans import Ints, token_pieces, touches
 from micro.experts import LABELS
@@ -110,7 +110,7 @@ def encode(
     Routing labels are expert ids; the prompt, the end of the turn and text after the last span carry language.
     Returns None for a row that is dropped: no answer token is left to train on (the response template is missing, or
     `max_length` cut it off). With `counts` the reason is counted there, together with "encoded", "truncated" and
-    "answer_cut"; without it a DataWarning names the record.
+    "answer_cut"; without it a DataWarning names the record that was dropped, or whose answer was cut.
 
     Errors: ValueError for a bad switch, a tokenizer without chat template, or spans that are not in text order;
     TypeError for a slow tokenizer. Source: model.md 8.4 (labels), 8.5 (mask), 8.6 (truncation), 8.7 (templates).
@@ -133,12 +133,16 @@ def encode(
 
 
 def encode_record(
-    record: Record, tokenizer: PreTrainedTokenizerFast, options: EncodeOptions, counts: Counter[str] | None = None
+    record: Record,
+    tokenizer: PreTrainedTokenizerFast,
+    options: EncodeOptions,
+    counts: Counter[str] | None = None,
+    index: int | None = None,
 ) -> dict[str, list[int]] | None:
-    """:func:`encode` with options that are already resolved."""
+    """:func:`encode` with options that are already resolved. index: the record's place, if it came from no file."""
     _check_spans(record)
     messages = record.messages(long_prompt=options.long_prompt)
-    where = "record" if record.origin is None else f"{record.origin[0]}, record {record.origin[1]}"
+    where = f"{place_of(record.origin, index)}, field 'assistant'"
     return encode_messages(messages, tokenizer, options, record.spans, counts, where)
 
 
@@ -150,21 +154,24 @@ def encode_messages(
     counts: Counter[str] | None,
     where: str,
 ) -> dict[str, list[int]] | None:
-    """A conversation as features. spans: of the last message; None gives no `routing_labels`."""
+    """A conversation as features. spans: of the last message; None gives no `routing_labels`. where: for warnings."""
     tally: Counter[str] = Counter()
     features, problem = _Encoder(messages, tokenizer, options, spans, tally).run()
+    tally["encoded" if problem is None else problem] += 1
     if counts is not None:
         counts.update(tally)
-        counts["encoded" if problem is None else problem] += 1
-    elif problem is not None:
-        message = f"{where}, field 'assistant': dropped, {_REASONS[problem]} (max_length {options.max_length})"
+        if isinstance(counts, RowCounts):
+            counts.note((name for name, count in tally.items() if count), where)
+    elif finding := problem or ("answer_cut" if tally["answer_cut"] else None):
+        message = f"{where}: {_REASONS[finding]} (max_length {options.max_length})"
         warnings.warn(message, DataWarning, stacklevel=4)
     return features
 
 
 _REASONS = {
-    "no_response_template": "the response template is not in the text, or max_length cut it off",
-    "nothing_to_train": "no token of the answer is left to train on",
+    "no_response_template": "dropped, the response template is not in the text, or max_length cut it off",
+    "nothing_to_train": "dropped, no token of the answer is left to train on",
+    "answer_cut": "the end of the answer was cut off",
 }
 
 

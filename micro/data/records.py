@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,34 @@ class Findings:
     def summary(self) -> str:
         """One line per reason: how often, and the first place."""
         return "\n".join(f"{self.counts[r]} x {r}, first: {self.first[r]}" for r in self.counts)
+
+
+class RowCounts(Counter[str]):
+    """What became of encoded rows, by reason, and the place where each reason came up first."""
+
+    def __init__(self, counts: Mapping[str, int] | Iterable[str] = (), /) -> None:
+        super().__init__(counts)
+        self.first: dict[str, str] = {}
+
+    def note(self, reasons: Iterable[str], place: str) -> None:
+        """Remember `place` for those reasons that have none yet."""
+        for reason in reasons:
+            self.first.setdefault(reason, place)
+
+    def summary(self, kept: str = "encoded") -> str:
+        """Every reason but `kept`, with its count and first place; empty where there is nothing to tell."""
+        found = [(name, count) for name, count in self.items() if name != kept and count]
+        return ", ".join(
+            f"{name} {count} (first: {self.first[name]})" if name in self.first else f"{name} {count}"
+            for name, count in found
+        )
+
+
+def place_of(origin: tuple[str, int] | None, index: int | None, kind: str = "record") -> str:
+    """Where a row stands, in words: its file and record, else its index in the list that was given, from 0."""
+    if origin is not None:
+        return f"{origin[0]}, record {origin[1]}"
+    return kind if index is None else f"{kind} {index}"
 
 
 def whole_text(text: str, findings: Findings, index: int, field_name: str) -> str:

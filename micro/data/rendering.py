@@ -78,7 +78,9 @@ class Renderer:
         return text
 
     def response_template(self, date: str) -> str:
-        """The text that ends the prompt: what the generation prompt adds, without the white space around it."""
+        """The text that ends the prompt: what the generation prompt adds, without the white space around it, or the
+        added token that holds it.
+        """
         if date not in self._response:
             turn = [{"role": "user", "content": "x"}]
             bare, asked = self.apply(turn, date), self.apply(turn, date, prompt=True)
@@ -88,7 +90,9 @@ class Renderer:
                     f"encode: the chat template of {self._name!r} adds no generation prompt, so the answer's start "
                     "is not known; give response_template"
                 )
-            self._response[date] = found
+            # The words may stand in one added token together with the line breaks around them (OLMo-2, model.md 8.3).
+            tokens = (m[0] for m in self.added_pattern.finditer(asked) if m.end() > len(bare) and found in m[0])
+            self._response[date] = next(tokens, found)
         return self._response[date]
 
     def render(self, messages: list[dict[str, str]], date: str, cuts: list[int]) -> Rendered:

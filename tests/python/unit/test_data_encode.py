@@ -138,8 +138,24 @@ def test_truncation_is_counted_and_named() -> None:
     record = Record(RECORD.prompt, RECORD.assistant, RECORD.spans, origin=("a.json", 4))
     with pytest.warns(DataWarning, match=r"a.json, record 4, field 'assistant'.*max_length"):
         assert encode(record, tok, max_length=header) is None
+    with pytest.warns(DataWarning, match=rf"a.json, record 4, field 'assistant'.*cut.*max_length {header + 2}"):
+        assert encode(record, tok, max_length=header + 2) == cut
     assert encode(RECORD, tok, max_length=5, counts=counts) is None
     assert counts["no_response_template"] == 1
+
+
+def test_data_sets_name_the_first_row_that_was_cut_or_dropped() -> None:
+    tok = tokenizer("smollm2")
+    whole = encode(RECORD, tok)
+    assert whole is not None
+    long = Record(RECORD.prompt, RECORD.assistant + " More." * 9, RECORD.spans, origin=("a.json", 4))
+    with pytest.warns(DataWarning, match=r"answer_cut 1 \(first: a.json, record 4, field 'assistant'\)"):
+        to_dataset([RECORD, long], tok, max_length=len(whole["input_ids"]))
+    with pytest.warns(DataWarning, match=r"no_response_template 1 \(first: record 1, field 'assistant'\)"):
+        to_dataset([RECORD, Record("x" * 5000, "y", [])], tok, max_length=100)
+    chats = [Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 90}], origin=("c.json", 2))]
+    with pytest.warns(DataWarning, match=r"answer_cut 1 \(first: c.json, record 2, field 'messages'\)"):
+        chat_to_dataset(chats, tok, max_length=60)
 
 
 def test_truncation_counting_separators() -> None:
