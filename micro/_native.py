@@ -54,7 +54,7 @@ def _load() -> ModuleType:
     if mismatch(built, found):
         raise ImportError(sentence)
     try:
-        torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(LIBRARY))
         return importlib.import_module("micro._C")
     except (OSError, ImportError) as error:
         if built != found and "undefined symbol" in str(error):
@@ -63,6 +63,14 @@ def _load() -> ModuleType:
 
 
 core = _load()
+
+# What `micro doctor` says of operators that are more than the kernel in the folder of their name.
+_HOME = {"stacked_linear": "expert_linear"}  # runs the other one's kernel
+_BESIDES = {
+    "expert_linear": " for few rows, BLAS for many and for gradients",
+    "stacked_linear": " for few rows, BLAS for many and for gradients",
+    "cross_entropy": " for softmax and loss, BLAS for the products with the head",
+}
 
 
 def operators() -> list[str]:
@@ -78,15 +86,17 @@ def build_info() -> dict[str, Any]:
     info = read_build_info()
     kernels = info.pop("kernels")
     info |= core.build_info()
-    levels = ["plain", "avx2", "avx512", "avx512_bf16"]
-    reachable = levels[: levels.index(info["isa"]) + 1]
     info["ops"] = {
-        name: {
-            "cpu": f"micro kernel ({[level for level in kernels[name] if level in reachable][-1]})"
-            if name in kernels
-            else "torch functions",
-            "cuda": f"none ({info['cuda']})",
-        }
-        for name in operators()
+        name: {"cpu": _cpu_path(name, kernels, info["isa"]), "cuda": f"none ({info['cuda']})"} for name in operators()
     }
     return info | {"library": str(LIBRARY), "torch_found": str(torch.__version__), "cuda_archs": []}
+
+
+def _cpu_path(operator: str, kernels: dict[str, list[str]], isa: str) -> str:
+    """What runs on the CPU: the best kernel that this instruction set allows, and what works beside it."""
+    written = kernels.get(_HOME.get(operator, operator))
+    if written is None:
+        return "torch functions"
+    levels = ["plain", "avx2", "avx512", "avx512_bf16"]
+    best = [level for level in levels[: levels.index(isa) + 1] if level in written][-1]
+    return f"micro kernel ({best}){_BESIDES.get(operator, '')}"

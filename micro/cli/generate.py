@@ -161,7 +161,7 @@ class Session:
         The last token was never processed, so it has no routing and is left plain.
         """
         from micro.analysis.views import trace_view
-        from micro.report.tokens import expert_marks
+        from micro.report.palette import expert_marks
 
         view = trace_view("", self.tokenizer, answer.ids, answer.routing, prompt=answer.prompt_length)
         view.experts = names = list(self.model.config.expert_names)

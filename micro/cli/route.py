@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,7 @@ def route(
 
     inputs = read_inputs(data, text or [], limit)
     model, tokenizer = load_model(folder)
-    controls = {name: value for name, value in (("ablate", expert_set(ablate)), ("keep", expert_set(keep))) if value}
+    controls: dict[str, Any] = {name: value for name, value in (("ablate", expert_set(ablate)), ("keep", expert_set(keep))) if value}
     report = routing(model, tokenizer, inputs, controls=controls, seed=seed, progress=True)
     report.settings |= {"model": str(folder), "data": str(data) if data else "--text", **controls}
     report.save(output)

@@ -41,9 +41,11 @@ def route(
     logits [T,E]; rows [T,E] replace the probabilities; bias float32, ablate bool [T|1,E]; force int32 [T|1], -1 free;
     replay int32 [T,K] takes these ids and recomputes their scores.
     """
-    out = logits.dtype if logits is not None else rows.dtype
-    if rows is not None:
-        effective = rows.to(wide(out))
+    given = rows if rows is not None else logits
+    assert given is not None, "logits or rows"
+    out = logits.dtype if logits is not None else given.dtype
+    if rows is not None or logits is None:
+        effective = given.to(wide(out))
         p = effective
     else:
         effective = logits.to(wide(logits.dtype))
@@ -96,14 +98,15 @@ def plan(ids: Tensor, num_experts: int, weights: Tensor | None = None, mask: Ten
 
 
 def permute(x: Tensor, tokens: Tensor, offsets: Tensor, inverse: Tensor) -> Tensor:
-    """x [T,H] to rows in plan order [N,H]; idle rows are 0."""
+    """Copies x [T,H] to rows in plan order [N,H]; idle rows are 0."""
     active = torch.arange(tokens.numel()) < offsets[-1]
     return torch.where(active[:, None], x[tokens.long()], 0)
 
 
 def combine(y: Tensor, weights: Tensor, experts: Tensor, offsets: Tensor, inverse: Tensor) -> Tensor:
     """Weighted sum of a token's expert outputs, experts ascending, each product and sum in the model dtype
-    (model.md 2.8). y [N,H] in plan order, weights [T,K], experts [N]; idle pairs contribute nothing. Returns [T,H]."""
+    (model.md 2.8). y [N,H] in plan order, weights [T,K], experts [N]; idle pairs contribute nothing. Returns [T,H].
+    """
     out = torch.zeros(weights.shape[0], y.shape[1], dtype=y.dtype)
     n = inverse.long()
     for e in range(offsets.numel() - 1):
@@ -156,7 +159,8 @@ def rms_norm(
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None = None) -> Tensor:
     """f_i = 1 / theta^(2i/D) in float32, in this order (model.md 2.2). scaling: (factor, low, high, old context) of
-    Llama 3. Returns [D/2] float32."""
+    Llama 3. Returns [D/2] float32.
+    """
     f = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     if scaling is None:
         return f
@@ -177,7 +181,8 @@ def rope_table(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor | None = None) -> Tensor:
     """Half-split rotation (model.md 2.2). x [...,T,heads,D] (tokens None) or [N,heads,D] with tokens int32 [N];
-    cos, sin [T,D/2] float32 or float64, already rounded to the model dtype where the family does so."""
+    cos, sin [T,D/2] float32 or float64, already rounded to the model dtype where the family does so.
+    """
     if tokens is not None:
         cos, sin = cos[tokens.long()], sin[tokens.long()]
     a, b = x.to(wide(x.dtype)).chunk(2, -1)
@@ -247,8 +252,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_ind
 
 def load_balancing_loss(probs: Tensor, ids: Tensor, mask: Tensor | None = None, *, pooled: bool = True) -> Tensor:
     """E * sum_k sum_e f[k,e] P[e] (model.md 7.2). probs [L,T,E], ids int32 [L,T,K], mask bool [T].
-    pooled: one pool over layers and tokens (Mixtral); else per layer, then the mean over layers (Switch)."""
-    layers, tokens, experts = probs.shape
+    pooled: one pool over layers and tokens (Mixtral); else per layer, then the mean over layers (Switch).
+    """
+    _, tokens, experts = probs.shape
     m = torch.ones(tokens, dtype=probs.dtype) if mask is None else mask.to(probs.dtype)
     chosen = F.one_hot(ids.long(), experts).to(probs.dtype)  # [L,T,K,E]
     total = m.sum().clamp(min=1)
@@ -271,7 +277,8 @@ def label_loss(
 ) -> Tensor:
     """**Sum** over layers and labelled real tokens of -c_l log softmax(logits)[label], divided by sum of c_l
     (model.md 7.4, before the division by the number of tokens). logits [L,T,E], labels int64 [T] (-1: none),
-    mask bool [T], layer_weights [L]. Returns a scalar."""
+    mask bool [T], layer_weights [L]. Returns a scalar.
+    """
     z = logits.to(wide(logits.dtype))
     c = torch.ones(z.shape[0], dtype=z.dtype) if layer_weights is None else layer_weights.to(z.dtype)
     keep = labels >= 0 if mask is None else (labels >= 0) & mask
@@ -281,7 +288,8 @@ def label_loss(
 
 def routing_entropy(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over real tokens of -sum p log p, natural logarithm, 0 log 0 = 0 (model.md 7.5). probs [...,T,E],
-    mask bool [T]. Returns [...]: one mean decision entropy per leading index (per layer)."""
+    mask bool [T]. Returns [...]: one mean decision entropy per leading index (per layer).
+    """
     possible = torch.where(probs > 0, probs, 1)  # 0 log 0 = 0, and its gradient is 0 as well
     h = -(possible * possible.log()).sum(-1)
     m = torch.ones(h.shape[-1], dtype=h.dtype) if mask is None else mask.to(h.dtype)
@@ -289,7 +297,7 @@ def routing_entropy(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """sqrt of the sum of all squares, in float64: what clipping by the global norm divides by. Returns a scalar."""
+    """Square root of the sum of all squares, in float64: what clipping by the global norm divides by. A scalar."""
     return torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
 
 

@@ -3,7 +3,6 @@
 import os
 import random
 import socket
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,13 +21,12 @@ def _local_only(self: socket.socket, address: object) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same random numbers whatever ran before, and no way out to the network."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.setattr(socket.socket, "connect", _local_only)
-    yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

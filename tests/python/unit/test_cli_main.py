@@ -96,7 +96,11 @@ def test_doctor_names_versions_kernels_and_paths():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["core"]["torch"].split("+")[0] == report["packages"]["torch"].split("+")[0]
-    assert report["core"]["ops"]["rms_norm"]["cpu"].startswith("micro kernel (")
+    paths = {name: path["cpu"] for name, path in report["core"]["ops"].items()}
+    assert paths["rms_norm"].startswith("micro kernel (")
+    assert paths["stacked_linear"] == paths["expert_linear"]
+    assert "BLAS" in paths["stacked_linear"]
+    assert paths["rope_frequencies"] == "torch functions"
     assert "complete" in micro("doctor").stdout
 
 
