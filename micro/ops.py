@@ -457,8 +457,8 @@ def stacked_linear(x: Tensor, weight: Tensor, offsets: Tensor | None = None) -> 
     Args:
         x: ``[E, T, in]``, or ``[1, T, in]`` which every expert reads; float32, float64 or bfloat16.
         weight: ``[E, out, in]``, same dtype and device as ``x``.
-        offsets: ``[E + 1]`` int32 (``plan().offsets``): experts with ``offsets[e] == offsets[e + 1]`` are skipped, their
-            output and gradients are 0. ``None``: every expert is used.
+        offsets: ``[E + 1]`` int32 (``plan().offsets``): experts with ``offsets[e] == offsets[e + 1]`` are skipped,
+            their output and gradients are 0. ``None``: every expert is used.
 
     Returns:
         ``[E, T, out]``. Differentiable once, in ``x`` and ``weight``.
@@ -488,27 +488,28 @@ def expert_attention(
     """Some queries, all keys of their expert, causal by slot.
 
     ``out[n, a] = softmax_j(scale * q[n, a] . k[b, e, g, j]) @ v[b, e, g]`` with ``g = a // (A // G)``, for row ``n`` of
-    expert ``e``. Token ``t = tokens[n]`` stands in row ``b = t // slots`` at slot ``start + t % slots`` and sees the key
-    slots up to its own.
+    expert ``e``. Token ``t = tokens[n]`` stands in row ``b = t // slots`` at slot ``start + t % slots`` and sees the
+    key slots up to its own.
 
     Args:
-        q: ``[N, A, D]`` in plan order, float32, float64 or bfloat16; ``D`` a multiple of 8, at most 256.
-        k: ``[B, E, G, J, D]``, same dtype and device; any strides with ``D`` contiguous (else a copy is made). ``J`` may
-            be larger than ``start + slots``, as in a static cache; slots that nobody may see are never read.
+        q: ``[N, A, D]`` in plan order, float32, float64 or bfloat16; ``D`` at most 256; a size that is
+            no multiple of 8 costs a copy of q, k and v.
+        k: ``[B, E, G, J, D]``, same dtype and device; any strides with ``D`` contiguous (else a copy is made). ``J``
+            may be larger than ``start + slots``, as in a static cache; slots that nobody may see are never read.
         v: like ``k``.
         tokens: ``[N]`` int32, ascending within each expert (``plan().tokens``).
         offsets: ``[E + 1]`` int32 (``plan().offsets``).
         slots: ``S``, slots of this call.
         start: ``C``, slots cached before it.
         mask: ``None``; bool ``[B, J]``, true where the slot is real (a query at a slot that is not real sees nothing);
-            or ``[B, S, J]`` or ``[1, S, J]``, bool (true = visible) or floating (added to the scores), which replace the
-            causal rule. The mask gets no gradient.
+            or ``[B, S, J]`` or ``[1, S, J]``, bool (true = visible) or floating (added to the scores), which replace
+            the causal rule. The mask gets no gradient.
         scale: ``None`` is ``1 / sqrt(D)``.
 
     Returns:
         ``[N, A, D]``; idle rows and queries that see no key are 0. Differentiable once, in ``q``, ``k`` and ``v``.
-        The softmax runs in float32 (float64 for float64); nothing of size ``S x J`` is stored. A query's result does not
-        depend on the other queries, on the split of a sequence into calls or on the number of threads.
+        The softmax runs in float32 (float64 for float64); nothing of size ``S x J`` is stored. A query's result does
+        not depend on the other queries, on the split of a sequence into calls or on the number of threads.
 
     Raises:
         ValueError: a shape, device, token or offset does not fit.

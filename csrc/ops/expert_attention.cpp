@@ -1,5 +1,6 @@
 #include "micro/expert_attention.h"
 
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -24,6 +25,7 @@ using torch::autograd::variable_list;
 
 constexpr char kName[] = "micro::expert_attention";
 constexpr int64_t kLargestHead = 256;
+constexpr int64_t kHeadStep = 8;  // the kernels take multiples of it
 
 // ---- checks --------------------------------------------------------------------------------------------------------
 
@@ -40,8 +42,8 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
   // Of the model, never symbolic. size() would fix every size of a traced tensor.
   auto fixed = [](const SymInt& size) { return size.guard_int(__FILE__, __LINE__); };
   const int64_t head_dim = fixed(q.sym_size(2)), heads = fixed(q.sym_size(1)), groups = fixed(k.sym_size(2));
-  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kLargestHead, kName,
-                    ": the head size must be a multiple of 8 up to ", kLargestHead, ", got ", head_dim);
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim <= kLargestHead, kName, ": the head size must lie in 1 .. ", kLargestHead,
+                    ", got ", head_dim);
   TORCH_CHECK_VALUE(groups > 0 && heads > 0 && heads % groups == 0, kName, ": ", heads, " query heads cannot share ",
                     groups, " key heads evenly");
 }
@@ -82,6 +84,26 @@ void check_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   TORCH_CHECK_VALUE((start + slots).sym_le(k.sym_size(3)).expect_true(__FILE__, __LINE__), kName,
                     ": slots end at start + slots = ", start + slots, " but there are only ", k.sym_size(3), " keys");
   if (mask) check_mask(*mask, q, k, slots);
+}
+
+// ---- head sizes between the steps of the kernels ------------------------------------------------------------------
+
+// Zeros that lack to the next multiple of the step.
+int64_t missing_columns(const Tensor& q) {
+  const int64_t head_dim = q.sym_size(2).guard_int(__FILE__, __LINE__);
+  return (kHeadStep - head_dim % kHeadStep) % kHeadStep;
+}
+
+// Columns of zeros change neither a score nor the columns before them; the scale stays that of the true size.
+Tensor attention_widened(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tokens, const Tensor& offsets,
+                         const SymInt& slots, const SymInt& start, const OptionalTensor& mask,
+                         std::optional<double> scale) {
+  const SymInt size = q.sym_size(2);
+  const int64_t missing = missing_columns(q);
+  const auto wide = [missing](const Tensor& t) { return at::constant_pad_nd(t, {0, missing}); };
+  const double true_scale = 1 / std::sqrt(static_cast<double>(size.guard_int(__FILE__, __LINE__)));
+  return expert_attention(wide(q), wide(k), wide(v), tokens, offsets, slots, start, mask, scale.value_or(true_scale))
+      .narrow_symint(2, 0, size);
 }
 
 // ---- tensors to kernel parameters ----------------------------------------------------------------------------------
@@ -266,6 +288,7 @@ Tensor attention_autograd(const Tensor& q, const Tensor& k, const Tensor& v, con
                           const Tensor& offsets, SymInt slots, SymInt start, const OptionalTensor& mask,
                           std::optional<double> scale) {
   check_arguments(q, k, v, tokens, offsets, slots, start, mask);
+  if (missing_columns(q) > 0) return attention_widened(q, k, v, tokens, offsets, slots, start, mask, scale);
   return ExpertAttention::apply(q, k, v, tokens, offsets, slots, start, mask, scale);
 }
 
@@ -273,6 +296,7 @@ Tensor attention_below_autograd(const Tensor& q, const Tensor& k, const Tensor& 
                                 const Tensor& offsets, SymInt slots, SymInt start, const OptionalTensor& mask,
                                 std::optional<double> scale) {
   check_arguments(q, k, v, tokens, offsets, slots, start, mask);
+  if (missing_columns(q) > 0) return attention_widened(q, k, v, tokens, offsets, slots, start, mask, scale);
   return std::get<0>(call_forward().call(q, k, v, tokens, offsets, slots, start, mask, scale));
 }
 

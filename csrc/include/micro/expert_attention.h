@@ -13,7 +13,8 @@ namespace micro {
 // Row n of the plan belongs to the expert e with offsets[e] <= n < offsets[e + 1]; token t = tokens[n] stands in row
 // b = t / slots at slot start + t % slots, and sees the slots up to its own.
 //
-// q:       [N, A, D], float32, float64 or bfloat16, CPU or CUDA; D a multiple of 8, at most 256.
+// q:       [N, A, D], float32, float64 or bfloat16, CPU or CUDA; D at most 256; a size that is no multiple
+//          of 8 costs a copy of q, k and v.
 // k, v:    [B, E, G, J, D], same type and device; any strides with D contiguous (else a copy is made); J may be larger
 //          than start + slots, as in a static cache. Slots that nobody may see are never read.
 // tokens:  [N] int32, ascending within each expert (plan().tokens).
