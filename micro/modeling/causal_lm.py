@@ -96,7 +96,8 @@ class MiCRoForCausalLM(MiCRoPreTrainedModel, MiCRoGenerationMixin):
         logits = None if skip else self.lm_head(kept_slots(hidden, logits_to_keep))
         lm_loss = None
         if labels is not None:
-            whole = logits if logits is not None and logits.shape[:2] == hidden.shape[:2] else None
+            # An index tensor may keep as many slots as there are in another order.
+            whole = None if isinstance(logits_to_keep, Tensor) or logits_to_keep else logits
             lm_loss = losses.language_loss(hidden, self.lm_head, labels, logits=whole, num_items=num_items_in_batch)
         share = losses.window_share(self.config, labels, num_items_in_batch)
         aux = self._auxiliary(out, share, num_routing_items_in_batch)

@@ -42,8 +42,15 @@ def language_loss(
     else:
         wide = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
         total = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
-    count = (targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items
-    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+    return total / divisor((targets != IGNORED).sum() if num_items is None else num_items, total.device)
+
+
+def divisor(count: Tensor | int, device: torch.device) -> Tensor:
+    """A number of items, given as a number or a tensor of one element, as a scalar to divide by: 1 where there is no
+    item, because the sum over none is 0 and the loss has to be as well (model.md 7.1).
+    """
+    count = torch.as_tensor(count, device=device).reshape(())
+    return torch.where(count == 0, torch.ones_like(count), count)
 
 
 def is_plain_head(head: nn.Module) -> bool:
@@ -94,8 +101,8 @@ def auxiliary_losses(
         total = ops.label_loss(torch.stack(raw), routing_labels, real)
         if num_routing_items is None:
             labelled = routing_labels >= 0
-            num_routing_items = (labelled if real is None else labelled & real).sum().clamp(min=1)
-        losses["label_loss"] = total / num_routing_items
+            num_routing_items = (labelled if real is None else labelled & real).sum()
+        losses["label_loss"] = total / divisor(num_routing_items, total.device)
     return losses
 
 
@@ -109,8 +116,7 @@ def window_share(config: MiCRoConfig, labels: Tensor | None, num_items: Tensor |
     """
     if num_items is None or labels is None or config.aux_window == "sum":
         return 1.0
-    count = num_items.to(labels.device) if isinstance(num_items, Tensor) else num_items
-    return (labels != IGNORED).sum().double() / count
+    return (labels != IGNORED).sum().double() / divisor(num_items, labels.device)
 
 
 def total_loss(config: MiCRoConfig, lm_loss: Tensor | None, aux: dict[str, Tensor]) -> Tensor | None:

@@ -178,8 +178,10 @@ class MiCRoModel(MiCRoPreTrainedModel):
 
         Arguments: interface.md 2. ``raw_logits=True`` runs the routers even where labels or force decide.
         """
-        if output_attentions:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions: MiCRo never forms attention matrices; there are none to return")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self._embed(input_ids, inputs_embeds)
         steering = self._steering(
             steering,
@@ -241,6 +243,8 @@ class MiCRoModel(MiCRoPreTrainedModel):
     ) -> Call:
         rows, slots, _ = x.shape
         if self.gradient_checkpointing and self.training:
+            if cache is not None and int(cache.get_seq_length()) > 0:
+                raise ValueError("past_key_values holds slots, but gradient checkpointing works without a cache")
             cache, use_cache = None, False  # a recomputed layer would append its keys a second time
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

@@ -235,6 +235,9 @@ def test_logits_to_keep_and_skip() -> None:
     model.train()
     assert model(ids, labels=ids).logits is None
     assert model(ids, labels=ids, skip_logits=False).logits is not None
+    backwards = torch.arange(5, -1, -1)  # as many slots as there are, in another order
+    turned = model(ids, labels=ids, logits_to_keep=backwards, skip_logits=False)
+    assert float(turned.loss) == pytest.approx(float(sliced.loss), rel=1e-12)
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(ids, logits_to_keep=-1)
 
@@ -246,10 +249,53 @@ def test_num_items_and_no_target() -> None:
     assert float(model(ids, labels=ids, num_items_in_batch=40).loss) == pytest.approx(total / 40, rel=1e-12)
     tensor = model(ids, labels=ids, num_items_in_batch=torch.tensor(40)).loss
     assert float(tensor) == pytest.approx(total / 40, rel=1e-12)
-    nothing = model(ids, labels=torch.full_like(ids, -100)).loss
+    one = model(ids, labels=ids, num_items_in_batch=torch.tensor([40])).loss
+    assert one.shape == ()
+    assert float(one) == pytest.approx(total / 40, rel=1e-12)
+
+
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)], ids=["none", "number", "tensor"])
+def test_no_target_is_loss_zero_with_zero_gradients(items: torch.Tensor | int | None) -> None:
+    model, ids = small_model().train(), random_ids(2, 6)
+    nothing = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=items).loss
     nothing.backward()
-    assert float(nothing) == 0
+    assert float(nothing.detach()) == 0
     assert all(float(p.grad.abs().max()) == 0 for p in model.parameters())
+
+
+def test_hidden_states_by_config() -> None:
+    model = small_model(output_hidden_states=True)
+    ids = random_ids(1, 4)
+    assert len(model(ids).hidden_states) == 3
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_checkpointing_refuses_a_filled_cache() -> None:
+    model = small_model()
+    ids = random_ids(1, 6)
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(ids[:, 4:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("backbone,kind", ALL_FOUR)
+@pytest.mark.parametrize("head_dim", [2, 20])
+def test_head_sizes_between_the_steps_of_the_kernels(backbone: str, kind: str, head_dim: int) -> None:
+    model = small_model(backbone, kind, head_dim=head_dim).train()
+    reference, ids = reference_of(model), random_ids(2, 7)
+    want = next_token_loss(reference(ids).logits, ids)
+    want.backward()
+    model(ids, labels=ids).loss.backward()
+    for name, grad in gradients_in_official_names(model).items():
+        theirs = reference.state[name].grad
+        assert_close(grad, torch.zeros_like(grad) if theirs is None else theirs, MODEL_FLOAT64)
+    with torch.no_grad():
+        whole = model.eval()(ids).logits
+        cached = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], past_key_values=cached.past_key_values)
+    assert_close(torch.cat([cached.logits, rest.logits], 1), whole, MODEL_FLOAT64)
 
 
 def test_refused_arguments() -> None:

@@ -98,3 +98,11 @@ def test_losses_without_labels_in_eval() -> None:
     model.eval()
     out = model(input_ids=inputs["input_ids"])
     assert out.loss is None and out.logits.shape == (2, 6, 61)
+
+
+def test_a_window_without_items_is_no_division_by_zero() -> None:
+    model, inputs = run()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    out = model(**inputs, num_items_in_batch=torch.tensor(0), num_routing_items_in_batch=0)
+    assert float(out.lm_loss) == 0
+    assert torch.isfinite(out.loss)
