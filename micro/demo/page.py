@@ -68,7 +68,7 @@ def _tokens(page: Page, result: DemoResult) -> None:
     page.text(
         "Held-out answers, teacher-forced, then answers that the model wrote itself. The slider goes through the "
         "layers; its left end is the vote of all layers. Hover or tab to a token for its probabilities. Prompts are "
-        "pale."
+        "pale; a line above a token has the colour of its label."
     )
     page.html(token_views_html([*result.views, *result.generated]), style=STYLE)
 

@@ -112,6 +112,10 @@ def table_html(frame: pd.DataFrame, *, digits: int = 3) -> str:
         kind = ' class="text"' if isinstance(value, str) else ""
         return f"<td{kind}>{html.escape(str(value)).replace(chr(10), '<br>')}</td>"
 
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
+    texts = [any(isinstance(value, str) for value in frame[name]) for name in frame.columns]
+    head = "".join(
+        f"<th{' class=text' if text else ''}>{html.escape(str(name))}</th>"
+        for name, text in zip(frame.columns, texts, strict=True)
+    )
     rows = "".join(f"<tr>{''.join(cell(v) for v in row)}</tr>" for row in frame.itertuples(index=False))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

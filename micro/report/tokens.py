@@ -20,7 +20,7 @@ STYLE = """
   color: var(--quiet); }
 .tokens input[type=range] { width: 220px; accent-color: #202124; }
 .tokens .text { margin-top: 10px; line-height: 2.0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.tokens .t { border-bottom: 3px solid var(--c, transparent); padding: 1px 0;
+.tokens .t { border-bottom: 3px solid var(--c, transparent); border-top: 2px solid var(--y, transparent); padding: 1px 0;
   background: color-mix(in srgb, var(--c, white) 30%, white); }
 .tokens .t.prompt { opacity: 0.62; } .tokens .t:hover { outline: 1px solid #202124; }
 .tokens .tip { position: absolute; z-index: 2; background: #202124; color: #fff; padding: 7px 10px; font-size: 12px;
@@ -96,9 +96,10 @@ class TokenView:
             "probs": base64.b64encode((self.probs * 255).round().astype(np.uint8).tobytes()).decode("ascii"),
         }
         kinds = ["t prompt" if s < self.prompt_length else "t" for s in range(slots)]
+        above = [f"--y:{colours[y]};" if y >= 0 else "" for y in self.labels or [-1] * slots]
         spans = "".join(
-            f"<span class='{kind}' style='--c:{colours[e]}'>{html.escape(token)}</span>"
-            for kind, token, e in zip(kinds, self.tokens, self.votes(), strict=True)
+            f"<span class='{kind}' style='{label}--c:{colours[e]}'>{html.escape(token)}</span>"
+            for kind, token, e, label in zip(kinds, self.tokens, self.votes(), above, strict=True)
         )
         data = html.escape(json.dumps(view, separators=(",", ":")), quote=True)
         return (
