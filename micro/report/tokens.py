@@ -20,8 +20,8 @@ STYLE = """
   color: var(--quiet); }
 .tokens input[type=range] { width: 220px; accent-color: #202124; }
 .tokens .text { margin-top: 10px; line-height: 2.0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.tokens .t { border-bottom: 3px solid var(--c, transparent); border-top: 2px solid var(--y, transparent); padding: 1px 0;
-  background: color-mix(in srgb, var(--c, white) 30%, white); }
+.tokens .t { border-bottom: 3px solid var(--c, transparent); border-top: 2px solid var(--y, transparent);
+  padding: 1px 0;  background: color-mix(in srgb, var(--c, white) 30%, white); }
 .tokens .t.prompt { opacity: 0.62; } .tokens .t:hover { outline: 1px solid #202124; }
 .tokens .tip { position: absolute; z-index: 2; background: #202124; color: #fff; padding: 7px 10px; font-size: 12px;
   line-height: 1.5; pointer-events: none; display: none; white-space: pre; border-radius: 3px; }
