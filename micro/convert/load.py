@@ -50,6 +50,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | str | None = None) -> MiCRo
     Errors: ValueError that lists every missing, unexpected and mis-shaped key under its official name; for truncated
     files, dense models, and fields that cannot be honoured.
     """
+    from transformers import GenerationConfig
+
     from micro.convert.upcycle import resolve_dtype
     from micro.modeling import MiCRoConfig, MiCRoForCausalLM
     from micro.modeling.keys import file_dtype, read_headers
@@ -64,6 +66,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | str | None = None) -> MiCRo
     else:
         config = official_config(fields, layout, headers, folder)
     model: Any = MiCRoForCausalLM.from_pretrained(folder, config=config, dtype=wanted or file_dtype(headers))
+    if not (folder / "generation_config.json").is_file():
+        # transformers falls back to the fields of config.json, a use_cache: false of the training run among them.
+        model.generation_config = GenerationConfig.from_model_config(config)
     loaded: MiCRoForCausalLM = model.eval()
     return loaded
 

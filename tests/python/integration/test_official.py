@@ -101,6 +101,13 @@ def test_fields_of_the_run_are_kept(tmp_path: Path) -> None:
     assert config.loss_coefficients == {"load_balancing_loss": 0.001}
 
 
+def test_generation_uses_a_cache_although_training_had_none(tmp_path: Path) -> None:
+    """A run with checkpointing stores use_cache: false; without a generation config transformers takes it over."""
+    model = micro.load(_write(tmp_path / "official", use_cache=False, eos_token_id=[7, 9]))
+    assert model.config.use_cache and model.generation_config.use_cache is not False
+    assert model.generation_config.eos_token_id == [7, 9]
+
+
 def test_a_stored_ablation_is_reported_and_has_no_effect(tmp_path: Path) -> None:
     folder = _write(tmp_path / "official", ablate=["social"])
     with pytest.warns(UserWarning, match=r"ablate = \['social'\], which is ignored"):

@@ -103,6 +103,15 @@ def test_routers_depend_on_the_seed_and_on_nothing_else() -> None:
     assert backbone.dtype == torch.float32  # a cast leaves the source alone
 
 
+def test_float16_backbones_ask_for_another_dtype() -> None:
+    """The operators compute in float32, float64 and bfloat16, so a float16 copy could not run."""
+    backbone = dense("llama", torch.float16)
+    with pytest.raises(ValueError, match="dtype='bfloat16'"):
+        micro.upcycle(backbone)
+    assert micro.upcycle(backbone, dtype="bfloat16", verify=False).dtype == torch.bfloat16
+    assert micro.upcycle(backbone, verify=False).dtype == torch.float16
+
+
 def _folder(path: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     tokenizer = tiny_tokenizer(vocab_size=300)
     backbone = dense("llama", dtype, vocab_size=len(tokenizer), **fields)
