@@ -6,6 +6,8 @@ select, reset) is right as inherited, and stock ``DynamicCache(config=...)`` and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
@@ -95,6 +97,7 @@ class MiCRoCache(Cache):
         if not isinstance(config, MiCRoConfig):
             raise TypeError(f"MiCRoCache(config): expected a MiCRoConfig, got {type(config).__name__}")
         super().__init__(layers=[MiCRoCacheLayer() for _ in range(config.num_hidden_layers)])
+        self.experts = config.num_experts if config.is_block else 1
 
     @property
     def length(self) -> int:
@@ -106,6 +109,41 @@ class MiCRoCache(Cache):
         if not 0 <= length <= self.length:
             raise ValueError(f"MiCRoCache.truncate: length is {length}, the cache holds {self.length} slots")
         self.crop(length - self.length)
+
+    # ------------------------------------------------------------------ official caches (model.md 3.1, 3.5)
+    def export_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Copies of keys and values [B,G,J,D], in the order of official caches: index layer * E + expert (FFN experts:
+        layer). Empty before the first call.
+        """
+        out = []
+        for layer in self.layers:
+            assert isinstance(layer, MiCRoCacheLayer)
+            if layer.keys is None or layer.values is None or layer.get_seq_length() == 0:
+                return []
+            keys, values = (t.unflatten(1, (self.experts, -1)).unbind(1) for t in (layer.keys, layer.values))
+            out += [(k.clone(), v.clone()) for k, v in zip(keys, values, strict=True)]
+        return out
+
+    @classmethod
+    def import_pairs(cls, config: MiCRoConfig, pairs: Sequence[tuple[Tensor, Tensor]]) -> MiCRoCache:
+        """A cache of what :meth:`export_pairs` gives; keys are those after norm and rotation. Raises ``ValueError`` for
+        another number of pairs or differing shapes.
+        """
+        cache = cls(config)
+        if len(pairs) != (want := len(cache.layers) * cache.experts):
+            raise ValueError(f"import_pairs: there are {len(pairs)} pairs, expected {want} (layers x experts)")
+        rows, _, slots, _ = pairs[0][0].shape
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        for index, (k, v) in enumerate(pairs):
+            if tuple(k.shape) != shape or tuple(v.shape) != shape:
+                raise ValueError(
+                    f"import_pairs: pair {index} has shapes {list(k.shape)} and {list(v.shape)}, expected {list(shape)}"
+                )
+        for number, layer in enumerate(cache.layers):
+            assert isinstance(layer, MiCRoCacheLayer)
+            keys, values = zip(*pairs[number * cache.experts : (number + 1) * cache.experts], strict=True)
+            layer.append(torch.stack(keys, 1), torch.stack(values, 1))
+        return cache
 
 
 def check_cache(cache: object, config: MiCRoConfig, batch: int) -> Cache:

@@ -89,6 +89,30 @@ def test_operations_between_calls() -> None:
         assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits, MODEL_FLOAT64)
 
 
+@pytest.mark.parametrize("backbone,kind", ALL_FOUR)
+def test_pairs_in_the_order_of_official_caches(backbone: str, kind: str) -> None:
+    model = small_model(backbone, kind)
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        cache = MiCRoCache(model.config)
+        model(ids[:, :5], past_key_values=cache)
+        pairs = cache.export_pairs()
+        experts = 4 if kind == "block" else 1
+        assert [tuple(t.shape) for pair in pairs for t in pair] == [(2, 2, 5, 8)] * (2 * 2 * experts)
+        last = cache.layers[1].keys.unflatten(1, (experts, 2))
+        assert torch.equal(pairs[experts + experts - 1][0], last[:, -1])  # slot l * E + e
+        taken = MiCRoCache.import_pairs(model.config, pairs)
+        want = model(ids[:, 5:], past_key_values=cache).logits
+        assert taken.length == 5
+        assert torch.equal(model(ids[:, 5:], past_key_values=taken).logits, want)
+        assert pairs[0][0].shape[2] == 5, "exported pairs are copies"
+    with pytest.raises(ValueError, match=f"{2 * experts - 1} pairs, expected {2 * experts}"):
+        MiCRoCache.import_pairs(model.config, pairs[1:])
+    with pytest.raises(ValueError, match=r"pair 1 .* expected \[2, 2, 5, 8\]"):
+        MiCRoCache.import_pairs(model.config, [pairs[0], (pairs[1][0], pairs[1][1][:, :, 1:]), *pairs[2:]])
+    assert MiCRoCache(model.config).export_pairs() == []
+
+
 def test_copies_are_independent_and_grow_past_a_chunk() -> None:
     model = small_model()
     ids = random_ids(1, 140)
