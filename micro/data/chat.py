@@ -86,12 +86,14 @@ def iter_chat(path: str | Path) -> Iterator[Chat]:
     """
     findings = Findings(str(path))
     parse = _ChatParser(findings)
-    for index, row in iter_rows(path):
-        chat = parse(row, index)
-        if chat is not None:
-            yield chat
-    if findings.counts:
-        warnings.warn(findings.summary(), DataWarning, stacklevel=2)
+    try:
+        for index, row in iter_rows(path):
+            chat = parse(row, index)
+            if chat is not None:
+                yield chat
+    finally:  # also where the reader stops early
+        if findings.counts:
+            warnings.warn(findings.summary(), DataWarning, stacklevel=2)
 
 
 def load_chat(path: str | Path) -> list[Chat]:

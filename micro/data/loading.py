@@ -24,12 +24,14 @@ def iter_records(path: str | Path, *, repair: bool = False) -> Iterator[Record]:
     """
     findings = Findings(str(path))
     parse = RecordParser(findings, repair=repair)
-    for index, row in iter_rows(path):
-        record = parse(row, index)
-        if record is not None:
-            yield record
-    if findings.counts:
-        warnings.warn(findings.summary(), DataWarning, stacklevel=2)
+    try:
+        for index, row in iter_rows(path):
+            record = parse(row, index)
+            if record is not None:
+                yield record
+    finally:  # also where the reader stops early
+        if findings.counts:
+            warnings.warn(findings.summary(), DataWarning, stacklevel=2)
 
 
 def load_records(path: str | Path, *, repair: bool = False) -> list[Record]:

@@ -316,7 +316,8 @@ def parse_save_every(value: str | int | None) -> tuple[str, float] | None:
 
 
 def load(recipe: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe by path or by the name of a bundled one, with `key=value` settings.
+    """Read a recipe by path or by the name of a bundled one, with `key=value` settings. One of a stage's `epochs` and
+    `max_steps` takes the place of the other.
 
     Errors: RecipeError with file, line, key and the nearest valid key.
     """
@@ -325,9 +326,23 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(value, dict):
         raise source.error((), f"expected a mapping with the keys of a recipe, got {type(value).__name__}")
     if overrides:
-        value = apply_overrides(value, overrides)
+        value = apply_overrides(value, _with_lengths_cleared(overrides))
     value.setdefault("name", path.stem)
     return build(Recipe, value, source)
+
+
+def _with_lengths_cleared(settings: list[str]) -> list[str]:
+    """The settings, with the file's `max_steps` cleared behind one of `epochs`, and the other way round."""
+    other = {"epochs": "max_steps", "max_steps": "epochs"}
+    given = {setting.partition("=")[0] for setting in settings}
+    result = []
+    for setting in settings:
+        result.append(setting)
+        path, _, text = setting.partition("=")
+        stem, _, key = path.rpartition(".")
+        if key in other and text not in ("", "null", "~") and f"{stem}.{other[key]}" not in given:
+            result.append(f"{stem}.{other[key]}=null")
+    return result
 
 
 def find(recipe: str | Path) -> Path:

@@ -143,7 +143,7 @@ class _Run:
         if stored:
             self._compare(stored, data)
         check_disk(plan, self.folder)
-        self._begin(plan, data, stored)
+        self._begin(plan, data, stored, place)
         return self._train_all(place, data, plan, result)
 
     def _train_all(self, place: _Place, data: list[StageData], plan: Plan, result: RunResult) -> RunResult:
@@ -261,7 +261,7 @@ class _Run:
                 f"with {stored['processes']}"
             )
 
-    def _begin(self, plan: Plan, data: list[StageData], stored: dict[str, Any] | None) -> None:
+    def _begin(self, plan: Plan, data: list[StageData], stored: dict[str, Any] | None, place: _Place) -> None:
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.record = {
@@ -276,6 +276,8 @@ class _Run:
                 "data": [rows.to_dict() for rows in data],
                 "stages": stored["stages"] if stored else [{"name": s.name, "status": "waiting"} for s in self.stages],
             }
+            for index in range(place.stage):  # a kill may have come before the end of a stage was written down
+                self._note_done(index)
             self._write_record()
         self.processes.wait_for_everyone()
 
@@ -372,16 +374,16 @@ class _Run:
         if self.recipe.kind != "dense":
             self.model.config.loss_coefficients = {}
 
+    def _note_done(self, index: int) -> None:
+        model = str(self._model_folder(index).relative_to(self.folder))
+        self.record["stages"][index] = {"name": self.stages[index].name, "status": "done", "model": model}
+
     def _finish_stage(self, index: int) -> None:
         """Write the stage's model; the one before it goes, if the recipe says so."""
         if self.main:
             folder = self._model_folder(index)
             backbone.write(self.model.eval(), self.tokenizer, folder)
-            self.record["stages"][index] = {
-                "name": self.stages[index].name,
-                "status": "done",
-                "model": str(folder.relative_to(self.folder)),
-            }
+            self._note_done(index)
             self._write_record()
             if not self.recipe.keep_stage_checkpoints:
                 for checkpoint in checkpoints.listed(self.folder / self.stages[index].folder):

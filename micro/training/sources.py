@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from micro.data.records import DataWarning, RowCounts
 from micro.training.order import RowBuilder, Rows
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def load_stage_data(stage: ResolvedStage, tokenizer: Any, *, experts: int, seed:
     where no row is left, or where labels are asked for that the rows do not have.
     """
     builder = RowBuilder()
-    counts: Counter[str] = Counter()
+    counts = RowCounts()
     hashes = {}
     for source in stage.sources:
         begin = len(builder)
@@ -66,7 +68,7 @@ def load_stage_data(stage: ResolvedStage, tokenizer: Any, *, experts: int, seed:
         builder.repeat(begin, source.repeat)
         hashes[source_name(source)] = source_hash(source)
     if not len(builder):
-        reasons = ", ".join(f"{count} {name}" for name, count in counts.items()) or "the sources are empty"
+        reasons = counts.summary() or "the sources are empty"
         raise ValueError(
             f"stage {stage.name!r}: no row is left to train on ({reasons}): check the files with `micro data "
             f"validate`, and max_length ({stage.max_length})"
@@ -74,6 +76,8 @@ def load_stage_data(stage: ResolvedStage, tokenizer: Any, *, experts: int, seed:
     rows = builder.build(random_labels=experts if stage.random_labels else 0, seed=seed + stage.index)
     if not rows.labelled and (stage.route_by == "labels" or "label_loss" in stage.losses):
         raise ValueError(f"stage {stage.name!r}: asks for routing labels, but some of its rows (chats) have none")
+    if any(name not in ("encoded", "truncated") for name in counts):
+        warnings.warn(f"stage {stage.name!r}: {counts.summary()}; max_length is {stage.max_length}", DataWarning, 2)
     return StageData(rows, counts, hashes)
 
 
@@ -81,17 +85,20 @@ def _encoded(
     source: Source, stage: ResolvedStage, tokenizer: Any, counts: Counter[str]
 ) -> Iterator[Mapping[str, list[int]] | None]:
     from micro import data
+    from micro.data.chat import encode_conversation
+    from micro.data.encoding import encode_record, resolve_options
 
-    options = {"max_length": stage.max_length, **stage.encoding}
+    given = {"max_length": stage.max_length, **stage.encoding}
     if is_chat(source):
         assert source.path is not None
-        options = {name: value for name, value in options.items() if name not in LABEL_OPTIONS}
+        options = resolve_options(**{name: value for name, value in given.items() if name not in LABEL_OPTIONS})
         for chat in islice(data.iter_chat(source.path), source.limit):
-            yield data.encode_chat(chat.messages, tokenizer, counts=counts, **options)
+            yield encode_conversation(chat, tokenizer, options, counts)
         return
+    options = resolve_options(**given)
     records = _generated(source) if source.generate else data.iter_records(str(source.path))
-    for record in islice(records, source.limit):
-        yield data.encode(record, tokenizer, counts=counts, **options)
+    for index, record in enumerate(islice(records, source.limit)):
+        yield encode_record(record, tokenizer, options, counts, index)
 
 
 def _generated(source: Source) -> Iterator[Any]:

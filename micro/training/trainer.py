@@ -112,6 +112,7 @@ class MiCRoTrainer(Trainer):
         self._routing_items: Tensor | None = None
         self._active_parameters = 0
         self._sampler: WindowSampler | None = None
+        self._stage: micro.Stage | None = None
         if curriculum is not None:
             self._enter_stage(curriculum)
 
@@ -123,18 +124,20 @@ class MiCRoTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(bool(curriculum.trainable(name)))
             trainable += parameter.requires_grad
+        self._stage = curriculum.current  # the curriculum itself moves on with the last step
         if not trainable:
             raise ValueError(f"stage {curriculum.stage}: no parameter is trainable, so nothing would be learnt")
         if self.routed:
             self.model.config.loss_coefficients = dict(curriculum.loss_coefficients())
 
-    def _controls(self) -> dict[str, Any]:
-        """The arguments of forward that the stage decides."""
+    def _controls(self, inputs: dict[str, Any], *, training: bool) -> dict[str, Any]:
+        """The arguments of forward that the stage decides. Rows without labels are evaluated by the router."""
         controls: dict[str, Any] = {}
-        if self.curriculum is not None:
-            controls["route_by"] = self.curriculum.route_by()
-            controls["experts_per_token"] = self.curriculum.experts_per_token()
-        if self._routing_items is not None and self.model.config.aux_window == "mean":
+        if self._stage is not None:
+            controls["experts_per_token"] = self._stage.experts_per_token
+            if training or not inputs.keys().isdisjoint(("routing_labels", "routing_weights")):
+                controls["route_by"] = self._stage.route_by
+        if training and self._routing_items is not None and self.model.config.aux_window == "mean":
             controls["num_routing_items_in_batch"] = self._routing_items
         return controls
 
@@ -176,10 +179,11 @@ class MiCRoTrainer(Trainer):
         """The Trainer's loss, with the stage's controls; records loss parts and routing while training."""
         if not self.routed:
             inputs = {name: value for name, value in inputs.items() if not name.startswith("routing_")}
-        elif model.training:
-            inputs = {**inputs, **self._controls()}
-            # Where labels route, the load is theirs: no trace is asked for, so that the routers need not run.
-            inputs["output_routing"] = not _routed_by_labels(inputs)
+        else:
+            inputs = {**inputs, **self._controls(inputs, training=model.training)}
+            if model.training:
+                # Where labels route, the load is theirs: no trace is asked for, so that the routers need not run.
+                inputs["output_routing"] = not _routed_by_labels(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._record(inputs, outputs, loss)

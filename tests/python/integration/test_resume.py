@@ -104,6 +104,21 @@ def test_kill_at_a_stage_border_and_before_the_first_save(whole: Path, tmp_path:
     assert_equal_runs(whole, folder)
 
 
+def test_a_stage_whose_end_was_not_written_down_is_done_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(small(), output_dir=folder, quiet=True, callbacks=[At("2-calibrate", 1, send(signal.SIGINT))])
+    stored = json.loads((folder / "run.json").read_text())
+    stored["stages"][0] = {"name": "induce", "status": "waiting"}  # as a kill leaves it, right after the stage's model
+    (folder / "run.json").write_text(json.dumps(stored))
+    run(small(), output_dir=folder, resume=True, quiet=True)
+    states = json.loads((folder / "run.json").read_text())["stages"]
+    assert [(s["status"], s["model"]) for s in states] == [
+        ("done", "1-induce/model"),
+        ("done", "2-calibrate/model"),
+        ("done", "model"),
+    ]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

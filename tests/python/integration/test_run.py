@@ -290,6 +290,20 @@ def test_the_padding_row_of_the_official_preset_never_learns(tmp_path: Path) -> 
     assert moved == {"official": False, "null": True}  # <|im_end|> is a real token here and stands in every prompt
 
 
+def test_cut_and_dropped_rows_are_named(tmp_path: Path) -> None:
+    from micro.data import DataWarning, generate, save_records
+    from micro.training import backbone
+    from micro.training.sources import load_stage_data
+
+    found = list(generate(4, seed=1))
+    found[2].assistant += " more" * 200
+    save_records(found, tmp_path / "a.jsonl")
+    recipe = small("smoke", f"datasets.reasoning={tmp_path / 'a.jsonl'}", "max_length=600")
+    tokenizer = backbone.start(recipe)[1]
+    with pytest.warns(DataWarning, match=r"stage 'induce': .*answer_cut 1 \(first: .*a.jsonl, record 2, field"):
+        load_stage_data(recipe.stage(0), tokenizer, experts=4, seed=0)
+
+
 def test_data_without_answers_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 'induce'"):
         run(small("smoke", "max_length=8"), output_dir=tmp_path / "run", quiet=True)

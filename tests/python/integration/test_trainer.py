@@ -131,6 +131,25 @@ def test_decay_spares_norm_gains_and_frozen_parts_have_no_state(parts: Any, tmp_
     assert all(parameter.grad is None for parameter in one.model.parameters())
 
 
+def test_evaluation_routes_as_the_stage_does(parts: Any, tmp_path: Path) -> None:
+    """Also once the curriculum has moved on, and whatever labels the rows carry."""
+    model = backbone.start(RECIPE)[0]
+    for name, parameter in model.named_parameters():
+        if ".blocks." in name and parameter.dim() == 3:  # experts that differ
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    tokenizer, rows = parts
+    batch = Collator(tokenizer)([rows[i] for i in range(len(rows))])
+    seen = {}
+    for route_by, k in (("router", 3), ("labels", 1)):
+        stages = [Stage(route_by=route_by, experts_per_token=k, learning_rate=0.0), Stage(route_by="labels")]
+        one = trainer(parts, tmp_path / route_by, Curriculum(stages, [3, 1]), model, per_device_eval_batch_size=10)
+        one.train()
+        with torch.no_grad():
+            seen[route_by] = float(model.eval()(**batch, route_by=route_by, experts_per_token=k).loss)
+        assert one.evaluate()["eval_loss"] == pytest.approx(seen[route_by], rel=1e-6)
+    assert seen["router"] != pytest.approx(seen["labels"], rel=1e-5)
+
+
 def test_without_a_curriculum_it_is_a_trainer(parts: Any, tmp_path: Path) -> None:
     """Frozen parameters and schedule are the caller's; the log tells what the experts did; evaluation gives a loss."""
     model = backbone.start(RECIPE)[0]

@@ -49,7 +49,7 @@ def test_response_template_is_found_from_the_generation_prompt(family: str) -> N
 
 
 def test_response_template_may_be_one_token_with_its_line_breaks() -> None:
-    """OLMo-2 in the first revision (model.md 8.3): the token holds the newlines around the generation prompt's words."""
+    """OLMo-2 in the first revision (model.md 8.3): the token holds the line breaks around the generation prompt."""
     tok = tokenizer("olmo2-r1")
     for number in range(200):
         record = random_record(Random(number))

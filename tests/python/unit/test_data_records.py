@@ -202,6 +202,13 @@ def test_reading_needs_little_memory(tmp_path: Path, form: str) -> None:
     assert peak < 10_000_000, peak
 
 
+def test_what_was_repaired_is_told_also_where_reading_stops_early(tmp_path: Path) -> None:
+    line = '{"prompt": "a", "assistant": "b c", "continuation": {"2-3": "LN", "0-1": "MD"}}\n'
+    (tmp_path / "a.jsonl").write_text(line * 3)
+    with pytest.warns(DataWarning, match="1 x reordered, first: .*record 0"):
+        next(iter_records(tmp_path / "a.jsonl"))
+
+
 def test_no_warning_without_a_reason() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

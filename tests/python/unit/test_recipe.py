@@ -112,6 +112,16 @@ def test_settings_reach_every_depth(tmp_path: Path) -> None:
             recipes.load(written(tmp_path), [bad])
 
 
+def test_a_setting_of_the_length_takes_the_place_of_the_other_one(tmp_path: Path) -> None:
+    recipe = recipes.load(written(tmp_path), ["stages.induce.max_steps=3", "stages.1.epochs=1"])
+    assert [(stage.epochs, stage.max_steps) for stage in recipe.stages] == [(None, 3), (1, None)]
+    stages = "stages=[{name: other, data: chat, epochs: 1}]"  # what was set before it is gone
+    assert recipes.load(written(tmp_path), ["stages.induce.max_steps=3", stages]).stages[0].epochs == 1
+    both = ["stages.induce.max_steps=3", "stages.induce.epochs=1"]
+    with pytest.raises(RecipeError, match="either `epochs` or `max_steps`"):
+        recipes.load(written(tmp_path), both)
+
+
 def test_overrides_leave_the_original_alone() -> None:
     original = {"a": {"b": [1, {"name": "x", "c": 2}]}}
     changed = apply_overrides(original, ["a.b.x.c=3", "a.d=[1, 2]"])
