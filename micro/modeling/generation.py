@@ -108,10 +108,16 @@ class MiCRoGenerationMixin(GenerationMixin):
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """A draft model is not asked for traces, and a dense one does not know our controls."""
+        """A draft model is not asked for traces. It gets our controls if they fit it; a dense one or one with other
+        layers or experts drafts without them, which costs rejected drafts and changes no token.
+        """
         inputs = dict(kwargs["model_kwargs"])
         inputs.pop("output_routing", None)
-        if not isinstance(kwargs.get("assistant_model"), MiCRoGenerationMixin):
+        assistant, own = kwargs.get("assistant_model"), self.config
+        if not isinstance(assistant, MiCRoGenerationMixin) or (
+            (assistant.config.num_hidden_layers, assistant.config.num_experts)
+            != (own.num_hidden_layers, own.num_experts)
+        ):
             inputs.pop("steering", None)
         parent: Any = super()
         return parent._get_candidate_generator(*args, **{**kwargs, "model_kwargs": inputs})

@@ -98,6 +98,15 @@ def test_prompt_lookup_and_assistant_give_the_greedy_answer() -> None:
     assert bool((out.routing.ids == 0).all())
 
 
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 1}, {"num_experts": 2}], ids=["layers", "experts"])
+def test_drafts_of_other_sizes_draft_without_the_controls(fields: dict[str, int]) -> None:
+    model, draft = small_model(), small_model(seed=9, **fields)
+    ids = random_ids(1, 5)
+    controls = {"ablate": {0: "logic"}, "max_new_tokens": 8}
+    want = model.generate(ids, **controls, **GREEDY)
+    assert torch.equal(model.generate(ids, assistant_model=draft, **controls, **GREEDY), want)
+
+
 def test_a_dense_draft_model() -> None:
     model = small_model()
     sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
