@@ -33,7 +33,8 @@ def route(
 
     inputs = read_inputs(data, text or [], limit)
     model, tokenizer = load_model(folder)
-    controls: dict[str, Any] = {name: value for name, value in (("ablate", expert_set(ablate)), ("keep", expert_set(keep))) if value}
+    sets = {"ablate": expert_set(ablate), "keep": expert_set(keep)}
+    controls: dict[str, Any] = {name: names for name, names in sets.items() if names}
     report = routing(model, tokenizer, inputs, controls=controls, seed=seed, progress=True)
     report.settings |= {"model": str(folder), "data": str(data) if data else "--text", **controls}
     report.save(output)
