@@ -252,6 +252,7 @@ class _Encoder:
             ids += run_ids
             offsets += run_offsets
             pieces += [piece] * len(run_ids)
+        offsets = _without_gaps(offsets, pieces, bounds)
         if self.options.double_bos:
             before, after = self.renderer.wrapping()
             ids = [*before, *ids, *after]
@@ -336,6 +337,20 @@ class _Encoder:
                 closing = self.renderer.added_pattern.match(self.rendered.text, high)
                 regions.append((low, closing.end() if closing else high))
         return regions
+
+
+def _without_gaps(offsets: list[tuple[int, int]], pieces: list[int], bounds: list[int]) -> list[tuple[int, int]]:
+    """Offsets in which a token begins where the one before it ended, or earlier, but not before its piece.
+
+    Tokenizers with `trim_offsets` leave white space out: "␣cat" has the range of "cat", and "␣" an empty one, which
+    stands at its end or, for the first of a text, at its start.
+    """
+    result, before = [], 0
+    for (start, end), piece in zip(offsets, pieces, strict=True):
+        begin = max(min(start, before), bounds[piece])
+        before = max(end, min(begin + 1, bounds[piece + 1]))
+        result.append((begin, before))
+    return result
 
 
 Run = tuple[list[int], list[tuple[int, int]]]

@@ -41,6 +41,23 @@ def test_defaults_train_the_answer_and_its_end(family: str, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["segments", "offsets"])
+def test_tokenizers_that_leave_white_space_out_of_their_offsets(family: str, mode: Any) -> None:
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tok = tokenizer(family)
+    core = Tokenizer.from_str(tok.backend_tokenizer.to_str())
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    names = {name: getattr(tok, name) for name in ("bos_token", "eos_token", "pad_token", "chat_template")}
+    trimming = PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    for number in range(60):
+        record = random_record(Random(number))
+        both = [encode(record, t, label_tokenisation=mode) for t in (tok, trimming)]
+        assert both[0] == both[1] is not None, (number, record)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_offsets_mode_keeps_the_ids_of_the_plain_text(family: str) -> None:
     rng, tok = Random(1), tokenizer(family)
     for _ in range(200):
