@@ -166,7 +166,8 @@ def _stage_plan(
     if not total:
         raise ValueError(f"stage {stage.name!r} trains nothing: trainable: {stage.trainable} matches no parameter")
     rows, steps = len(data.rows), count_steps(stage, len(data.rows))
-    visits = stage.epochs if stage.epochs else steps * stage.batch_size / rows
+    epochs, rest = divmod(steps, math.ceil(rows / stage.batch_size))  # an epoch's last step may hold fewer rows
+    visits = epochs + min(1.0, rest * stage.batch_size / rows)
     longest = int(data.rows.lengths.max())
     memory = _memory(recipe, model, stage, total, longest)
     return StagePlan(

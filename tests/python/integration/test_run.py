@@ -156,6 +156,16 @@ def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path, capsys: pyte
     assert "routers" in out and "disk needed" in out
 
 
+@pytest.mark.parametrize(("batch", "steps", "visits"), [(32, 2, 2.0), (8, 3, 1 + 8 / 12), (4, 7, 2 + 4 / 12)])
+def test_the_plan_counts_the_last_window_of_an_epoch_as_it_is(
+    tmp_path: Path, batch: int, steps: int, visits: float
+) -> None:
+    settings = [f"stages=[{{name: a, data: reasoning, max_steps: {steps}}}]", f"batch_size={batch}"]
+    plan = run(small("smoke", *settings), output_dir=tmp_path, dry_run=True, quiet=True).plan.stages[0]
+    once = run(small("smoke", *settings, "stages.a.epochs=1"), output_dir=tmp_path, dry_run=True, quiet=True)
+    assert (plan.rows, plan.tokens) == (12, round(once.plan.stages[0].tokens * visits))
+
+
 def test_a_stage_that_trains_nothing_is_an_error() -> None:
     from micro.training import backbone
     from micro.training.sources import load_stage_data
