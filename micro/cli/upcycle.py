@@ -28,6 +28,8 @@ def upcycle(
     from micro.convert.folders import check_target
     from micro.progress import Progress
 
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise ValueError(f"{out}: this is the dense model itself; name another folder to write")
     check_target(out, overwrite)
     with Progress("upcycle", 2) as bar:
         model = make(

@@ -176,7 +176,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Backbone
 
 def _hub_id(name: str) -> str | None:
     """The name itself where it is a hub id and no local folder."""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else None
 
 
 def _licence(folder: Path) -> str | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _AXES = {"ids": (1, 2), "weights": (1, 2), "probs": (1, 2), "logits": (1, 2), "raw_logits": (1, 2), "mask": (0, 1)}
 
 
-@dataclass
+@dataclass(repr=False)
 class RoutingTrace:
     """Routing of B rows and S slots in L layers (interface.md 2).
 
@@ -57,6 +57,14 @@ class RoutingTrace:
                 raise ValueError(f"RoutingTrace: {name} is {list(getattr(self, name).shape)}, expected {list(shape)}")
         if self.expert_names is None:
             self.expert_names = default_names(experts)
+
+    def __repr__(self) -> str:
+        """The shape of the record; the tensors of a long prompt would fill pages."""
+        layers, rows, slots, k = self.ids.shape
+        return (
+            f"RoutingTrace(layers={layers}, rows={rows}, slots={slots}, k={k}, start={self.start}, "
+            f"prompt_length={self.prompt_length}, experts={self.expert_names})"
+        )
 
     # ------------------------------------------------------------------ parts
     @property

@@ -55,6 +55,8 @@ def test_errors_are_one_line_and_status_2(folder: Path, tmp_path: Path, capsys: 
     for arguments, words in (
         (["upcycle", mixture, out], "mixture of experts already"),
         (["upcycle", str(folder / "dense"), mixture], "not empty"),
+        (["upcycle", str(folder / "dense"), str(folder / "dense"), "--overwrite"], "the dense model itself"),
+        (["upcycle", "./no-such-model", out], "no such folder, and this is no hub id"),
         (["upcycle", str(folder / "dense"), out, "--kind", "layer"], "kind 'layer'"),
         (["convert", str(folder / "dense"), out], "dense model"),
         (["convert", mixture, out, "--revision", "r9"], "revision='r9'"),

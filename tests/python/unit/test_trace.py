@@ -40,6 +40,12 @@ def test_usage_counts_real_tokens() -> None:
         trace.usage("head")  # type: ignore[arg-type]
 
 
+def test_printing_shows_shapes_and_no_tensors() -> None:
+    text = repr(by_hand())
+    assert "layers=2, rows=2, slots=3, k=1, start=2, prompt_length=4" in text
+    assert "tensor" not in text
+
+
 def test_entropy() -> None:
     trace = by_hand()
     p = trace.probs[0, 0, 0].double()
