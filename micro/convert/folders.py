@@ -43,7 +43,9 @@ def check_target(out: str | Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise FileExistsError(f"{target}: the folder is not empty; name another one, or ask to overwrite it (--overwrite, overwrite=True)")
+        raise FileExistsError(
+            f"{target}: the folder is not empty; name another one, or ask to overwrite it (--overwrite, overwrite=True)"
+        )
     if not (target / "config.json").is_file():
         raise FileExistsError(f"{target}: holds no config.json, so it is no model folder and is not overwritten")
 
