@@ -293,6 +293,7 @@ Tensor backward_autograd(const OptionalTensor& grad_weights, const OptionalTenso
 }  // namespace
 
 Routing route(const std::optional<Tensor>& logits, int64_t k, const RouteOptions& options) {
+  scores_of(logits, options.rows);  // without a tensor there is no device to dispatch on
   auto [ids, weights, probs, effective] =
       call_forward().call(logits, k, options.rows, options.bias, options.ablate, options.force, options.replay,
                           rule_name(options.weight_rule));
