@@ -17,7 +17,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-VOCABULARY, STEPS, ROWS, RATE = 1024, 120, 8, 4e-3
+VOCABULARY, STEPS, ROWS, RATE = 1024, 150, 8, 4e-3
 
 
 def train_backbone(folder: Path, records: Path, *, seed: int, say: Callable[[str], None]) -> Path:
