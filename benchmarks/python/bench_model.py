@@ -82,7 +82,7 @@ def prefill(dense: Any, ours: Any, ids: torch.Tensor, trace: RoutingTrace) -> Ra
         )
 
 
-def decode(dense: Any, ours: Any, ids: torch.Tensor, trace: RoutingTrace, step: RoutingTrace) -> Ratio:
+def decode(dense: Any, ours: Any, ids: torch.Tensor, trace: RoutingTrace) -> Ratio:
     """Per new token: a greedy loop over forward with a cache of 512 keys, the prompt excluded."""
     with torch.no_grad():
         caches = [
@@ -99,7 +99,7 @@ def decode(dense: Any, ours: Any, ids: torch.Tensor, trace: RoutingTrace, step: 
 
         return compare(
             f"decode, {LENGTH} keys, {NEW} tokens",
-            lambda: loop(ours, caches[0], replay=step),
+            lambda: loop(ours, caches[0], replay=trace),
             lambda: loop(dense, caches[1]),
         )
 
@@ -126,10 +126,10 @@ def main() -> None:
     for name in ("float32", "bfloat16") if options.dtype == "both" else (options.dtype,):
         dense, ours = models(options.layers, getattr(torch, name))
         ids = torch.randint(SHAPE["vocab_size"], (1, LENGTH))
-        trace, step = uniform(ours, LENGTH), uniform(ours, 1)
+        trace = uniform(ours, LENGTH + NEW)
         for ratio in (
             prefill(dense, ours, ids, trace),
-            decode(dense, ours, ids, trace, step),
+            decode(dense, ours, ids, trace),
             forward_backward(dense, ours, ids, trace),
         ):
             ratio.name = f"{name}, {options.threads} thread(s): {ratio.name}"
