@@ -86,11 +86,14 @@ def generate(
     split: Annotated[str, typer.Option(help="train or test; they share no template.")] = "train",
     seed: Annotated[int, typer.Option(help="Same seed, same file.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Conversations without labels (stage 3).")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
 ) -> None:
     """Write labelled answers from our own templates, or chats."""
     from micro.data import generate as make
     from micro.data import generate_chat, save_chat, save_records
 
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: is there already; choose another name or pass --overwrite")
     names = [name.strip() for name in domains.split(",") if name.strip()]
     if chat:
         count = save_chat(generate_chat(n, domains=names, split=split, seed=seed), out)

@@ -96,6 +96,8 @@ def describe(error: BaseException) -> str:
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status; an error is one line on stderr, or a traceback with --debug."""
     debug = "--debug" in arguments
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars are for terminals; ours print plain lines
     arguments = [a for a in arguments if a != "--debug"]
     try:
         # Not command.main(): it would turn Ctrl-C into an exit without a word.

@@ -6,6 +6,7 @@ a control may also be :class:`Phases` or a callable ``f(row, step)``.
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -174,6 +175,8 @@ class ControlReader:
             raise TypeError(f"bias: expected {{name: number}} or a float tensor of rank 4, got {type(value).__name__}")
         tensor = torch.zeros(1, 1, 1, self.config.num_experts)
         for key, number in value.items():
+            if not isinstance(number, numbers.Real):
+                raise TypeError(f"bias: the value of {key!r} must be a number, got {number!r}")
             if (expert := self.names.one(key, "bias")) is not None:
                 tensor[..., expert] += float(number)
         return tensor

@@ -173,6 +173,8 @@ def disk_mapping(
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder that a loader would read: one file, or those that the index names."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected one that holds {WEIGHTS_FILE} or {INDEX_FILE}")
     if (single := folder / WEIGHTS_FILE).is_file():
         return [single]
     index = folder / INDEX_FILE

@@ -153,6 +153,8 @@ def test_a_missing_expert_is_not_closed_up(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        micro.load(tmp_path / "nowhere")
     dense("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match=r"dense model .* micro\.upcycle"):
         micro.load(tmp_path / "dense")

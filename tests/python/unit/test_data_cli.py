@@ -33,6 +33,9 @@ def test_validate(capsys: pytest.CaptureFixture[str]) -> None:
 def test_generate_validate_preview_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "a.jsonl")
     assert run(["data", "generate", file, "-n", "4", "--domains", "logic,social", "--seed", "3"]) == 0
+    before = Path(file).read_bytes()
+    assert run(["data", "generate", file, "-n", "2"]) == 2  # what is there is kept
+    assert Path(file).read_bytes() == before
     assert run(["data", "validate", file, "--json"]) == 0
     assert '"DMN": 0' in capsys.readouterr().out
     assert run(["data", "preview", file, "-n", "2"]) == 0

@@ -109,6 +109,11 @@ def test_bias_zero_is_bit_identical(model: MiCRoForCausalLM) -> None:
     assert same(route(model, bias=torch.zeros(1, 1, 1, E)), route(model))
 
 
+def test_a_bias_that_is_no_number_is_named(model: MiCRoForCausalLM) -> None:
+    with pytest.raises(TypeError, match="bias: the value of 'logic' must be a number, got 'a'"):
+        Steering.make(model.config, bias={"logic": "a"})
+
+
 def test_bias_of_minus_infinity_ablates(model: MiCRoForCausalLM) -> None:
     assert same(route(model, bias={"logic": -float("inf")}), route(model, ablate="logic"))
 
