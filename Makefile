@@ -81,8 +81,7 @@ lint: $(STAMP)/lint
 
 ## make docs    the API pages in build/docs
 docs: build $(STAMP)/dev
-	@$(PY) -m pdoc --output-directory build/docs --docformat google micro
-	@echo "build/docs/index.html"
+	@$(PY) .ci/docs build/docs
 
 ## make bench   every benchmark of benchmarks/python, one after the other
 bench: build $(STAMP)/dev
