@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -13,27 +14,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Result:
+class Result(ABC):
     """Base of all reports. A subclass names itself, holds JSON types only, and draws itself."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All numbers and settings, as JSON types."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self) -> pd.DataFrame:
         """The numbers that a paper would print, as a pandas frame."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plot(self) -> Figure:
         """A matplotlib figure, drawn from the stored numbers."""
-        raise NotImplementedError
 
     def save(self, folder: str | Path) -> None:
         """Write ``<name>.json`` (everything) and ``<name>.csv`` (the table) into ``folder``."""
