@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micro.analysis.batches import IGNORED
+from micro.data.previews import token_texts
 from micro.experts import default_names
 from micro.report.tokens import TokenView
 
@@ -17,28 +18,12 @@ if TYPE_CHECKING:
     from micro.modeling import MiCRoForCausalLM
 
 
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token, such that together they give the decoded text.
-
-    A character that spans several tokens is shown at the last of them.
-    """
-    texts, done = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if whole.endswith("\ufffd"):  # inside a character
-            texts.append("")
-            continue
-        texts.append(whole[len(done) :])
-        done = whole
-    return texts
-
-
 def trace_view(title: str, tokenizer: Any, ids: list[int], trace: Any, *, row: int = 0, prompt: int = 0) -> TokenView:
     """View of one row of a :class:`~micro.modeling.RoutingTrace`; ids beyond the trace are left out."""
     slots = min(len(ids), trace.probs.shape[2])
     probs = trace.probs[:, row, :slots].float().numpy()
     names = default_names(probs.shape[-1])
-    return TokenView(title, token_texts(tokenizer, ids[:slots]), probs, names, prompt_length=prompt)
+    return TokenView(title, token_texts(ids[:slots], tokenizer), probs, names, prompt_length=prompt)
 
 
 @torch.no_grad()

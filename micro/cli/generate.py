@@ -184,11 +184,12 @@ class Session:
 
     def as_dict(self, answer: Answer) -> dict[str, Any]:
         """What ``--json`` prints: the answer's tokens with the expert most layers chose (None: never processed)."""
-        from micro.analysis.views import token_texts, trace_view
+        from micro.analysis.views import trace_view
+        from micro.data.previews import token_texts
 
         names = list(self.model.config.expert_names)
         votes = trace_view("", self.tokenizer, answer.ids, answer.routing).votes()
-        texts = token_texts(self.tokenizer, answer.ids)
+        texts = token_texts(answer.ids, self.tokenizer)
         tokens = [
             {"text": texts[i], "id": answer.ids[i], "expert": names[votes[i]] if i < len(votes) else None}
             for i in range(answer.prompt_length, len(answer.ids))

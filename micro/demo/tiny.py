@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ def train_backbone(folder: Path, records: Path, *, seed: int, say: Callable[[str
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from micro.convert.folders import replace_folder
     from micro.data import load_records
     from micro.testing import tiny_tokenizer
 
@@ -50,11 +50,9 @@ def train_backbone(folder: Path, records: Path, *, seed: int, say: Callable[[str
     model = LlamaForCausalLM(config)
     first, last = _train(model, _batches(answers, tokenizer, seed))
     say(f"dense backbone: {STEPS} steps, loss {first:.2f} to {last:.2f} nats per token")
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(folder)
+    with replace_folder(folder) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     return folder
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import micro
 from micro import analysis, data
 from micro.analysis.batches import batches, encoded, shifted, token_losses
-from micro.analysis.views import record_view, token_texts
+from micro.analysis.views import record_view
 from micro.cli import main as cli
 from micro.experts import NAMES
 from micro.testing import tiny_tokenizer
@@ -114,13 +114,6 @@ def test_no_data_is_refused(model, tokenizer):
         analysis.routing(model, tokenizer, [])
     with pytest.raises(ValueError, match="fewer than two tokens"):
         analysis.routing(model, tokenizer, ["a"])
-
-
-def test_the_texts_of_tokens_join_to_the_text(tokenizer):
-    text = "Zoë’s 3 × 4 = 12 📦."
-    ids = tokenizer(text)["input_ids"]
-    parts = token_texts(tokenizer, ids)
-    assert len(parts) == len(ids) and "".join(parts) == text
 
 
 def test_a_view_shows_answer_tokens_with_their_labels(model, tokenizer, records):
