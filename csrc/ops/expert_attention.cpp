@@ -147,6 +147,7 @@ struct Inputs {
         .slots = slots.expect_int(),
         .keys = k.size(3),
         .start = start.expect_int(),
+        .starts = nullptr,
         .scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(2)))),
         .dtype = kernel_dtype(kName, q),
     };

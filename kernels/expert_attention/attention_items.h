@@ -11,6 +11,12 @@ struct AttentionItem {
   int64_t begin, end;
 };
 
+// Where the token of plan row n stands among the keys of its row.
+static inline int64_t own_slot(const ExpertAttentionShape& s, int64_t n) {
+  const int64_t token = s.tokens[n];
+  return (s.starts ? s.starts[token / s.slots] : s.start) + token % s.slots;
+}
+
 // One work item at a time, in scratch memory of the size asked for, aligned to 64 bytes. A forward item owns its rows
 // of out and logsumexp; a backward item must hold all queries of (b, e), and owns their grad_q and all of grad_k and
 // grad_v of (b, e, g). No item writes what another one writes.

@@ -62,7 +62,7 @@ struct Visibility {
   // The slots that the query of plan row n can see lie below this.
   int64_t limit(int64_t n) const {
     if (pairwise()) return shape.keys;
-    const int64_t own = shape.start + shape.tokens[n] % shape.slots;
+    const int64_t own = own_slot(shape, n);
     const uint8_t* real = key_mask();
     return real && !real[own] ? 0 : own + 1;
   }

@@ -33,6 +33,7 @@ bool plan_is_valid(const ExpertAttentionShape& s) {
     for (int64_t n = s.offsets[e]; n < s.offsets[e + 1]; ++n) {
       if (s.tokens[n] < 0 || s.tokens[n] >= s.batch * s.slots) return false;
       if (n > s.offsets[e] && s.tokens[n] <= s.tokens[n - 1]) return false;
+      if (s.starts && (own_slot(s, n) < 0 || own_slot(s, n) >= s.keys)) return false;
     }
   }
   return true;
@@ -66,7 +67,7 @@ std::vector<AttentionItem> work_items(const ExpertAttentionShape& s, int64_t mos
   });
   // Work grows with queries times keys; the last slot stands for the keys.
   auto work = [&](const AttentionItem& i) {
-    return i.end == i.begin ? 0 : (i.end - i.begin) * (s.tokens[i.end - 1] % s.slots + s.start + 1);
+    return i.end == i.begin ? 0 : (i.end - i.begin) * (own_slot(s, i.end - 1) + 1);
   };
   std::stable_sort(items.begin(), items.end(), [&](const auto& x, const auto& y) { return work(x) > work(y); });
   return items;

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -72,8 +73,23 @@ struct Problem {
     return s.mask == AttentionMask::kBias ? static_cast<const void*>(bias.data()) : visible.data();
   }
   ExpertAttentionShape params() const {
-    return {tokens.data(), offsets.data(), mask(),   s.mask,  s.batch, rows,    s.heads, s.groups,
-            s.head_dim,    s.batch,        kExperts, s.slots, keys,    s.start, 0.3,     DType::kFloat32};
+    return {.tokens = tokens.data(),
+            .offsets = offsets.data(),
+            .mask = mask(),
+            .mask_kind = s.mask,
+            .masks = s.batch,
+            .rows = rows,
+            .heads = s.heads,
+            .groups = s.groups,
+            .head_dim = s.head_dim,
+            .batch = s.batch,
+            .experts = kExperts,
+            .slots = s.slots,
+            .keys = keys,
+            .start = s.start,
+            .starts = nullptr,
+            .scale = 0.3,
+            .dtype = DType::kFloat32};
   }
   int64_t expert_of(int64_t n) const { return n < offsets[1] ? 0 : n < offsets[2] ? 1 : 2; }
   int64_t query(int64_t n, int64_t a) const { return (n * s.heads + a) * s.head_dim; }
@@ -241,6 +257,100 @@ TEST(ExpertAttention, TheOrderOfTheWorkDoesNotShow) {
     for (int64_t i = count; i-- > 0;) body(i, i + 1);
   };
   EXPECT_EQ(run(serial), run(backwards));
+}
+
+// Rows of one batch with starts and lengths of their own.
+class RaggedRows : public testing::TestWithParam<AttentionMask> {
+ protected:
+  const Problem x_{Shape{3, 40, 0, 60, 4, 2, 16, GetParam()}};
+  const std::vector<int32_t> starts_{31, 0, 60}, lengths_{40, 7, 33};
+  const int64_t query_ = x_.s.heads * x_.s.head_dim, keys_ = x_.strides().batch;
+
+  // The plan of some batch rows, without padding; `from` says where in the problem's plan a row stood.
+  struct Plan {
+    std::vector<int32_t> tokens, offsets{0};
+    std::vector<int64_t> from;
+  };
+  Plan plan_of(int64_t first, int64_t end) const {
+    Plan plan;
+    for (int e = 0; e < Problem::kExperts; ++e) {
+      for (int64_t n = x_.offsets[e]; n < x_.offsets[e + 1]; ++n) {
+        const int64_t b = x_.tokens[n] / x_.s.slots;
+        if (b < first || b >= end || x_.tokens[n] % x_.s.slots >= lengths_[b]) continue;
+        plan.tokens.push_back(static_cast<int32_t>(x_.tokens[n] - first * x_.s.slots));
+        plan.from.push_back(n);
+      }
+      plan.offsets.push_back(static_cast<int32_t>(plan.tokens.size()));
+    }
+    return plan;
+  }
+
+  static std::vector<float> rows_of(const std::vector<float>& values, int64_t size, const std::vector<int64_t>& rows) {
+    std::vector<float> gathered;
+    for (int64_t n : rows) gathered.insert(gathered.end(), values.begin() + n * size, values.begin() + (n + 1) * size);
+    return gathered;
+  }
+
+  struct Result {
+    std::vector<float> out, logsumexp, grad_q, grad_k, grad_v;
+  };
+  Result run(const Plan& plan, int64_t b, ExpertAttentionShape shape) const {
+    shape.tokens = plan.tokens.data();
+    shape.offsets = plan.offsets.data();
+    shape.rows = static_cast<int64_t>(plan.tokens.size());
+    const std::vector<float> q = rows_of(x_.q, query_, plan.from), grad_out = rows_of(x_.grad_out, query_, plan.from);
+    const float *k = x_.k.data() + b * keys_, *v = x_.v.data() + b * keys_;
+    const HeadStrides strides = x_.strides();
+    const std::vector<float> empty_keys(shape.batch * keys_, NAN);
+    Result r{q, std::vector<float>(shape.rows * shape.heads, NAN), q, empty_keys, empty_keys};
+    EXPECT_EQ(
+        cpu::expert_attention({shape, q.data(), k, v, strides, strides, r.out.data(), r.logsumexp.data()}, serial),
+        Status::kOk);
+    EXPECT_EQ(cpu::expert_attention_backward(
+                  {shape, grad_out.data(), q.data(), k, v, r.out.data(), r.logsumexp.data(), strides, strides,
+                   r.grad_q.data(), r.grad_k.data(), r.grad_v.data(), strides, strides},
+                  serial),
+              Status::kOk);
+    return r;
+  }
+};
+
+TEST_P(RaggedRows, EachIsWhatItIsAloneBitForBit) {
+  const Plan plan = plan_of(0, x_.s.batch);
+  ExpertAttentionShape shape = x_.params();
+  shape.starts = starts_.data();
+  const Result together = run(plan, 0, shape);
+  for (int64_t b = 0; b < x_.s.batch; ++b) {
+    ExpertAttentionShape one = x_.params();
+    one.batch = one.masks = 1;
+    one.start = starts_[b];
+    if (one.mask) one.mask = x_.visible.data() + b * x_.keys;
+    const Plan own = plan_of(b, b + 1);
+    const Result alone = run(own, b, one);
+    std::vector<int64_t> at;
+    for (int64_t n : own.from) at.push_back(std::find(plan.from.begin(), plan.from.end(), n) - plan.from.begin());
+    EXPECT_EQ(rows_of(together.out, query_, at), alone.out);
+    EXPECT_EQ(rows_of(together.grad_q, query_, at), alone.grad_q);
+    EXPECT_EQ(rows_of(together.logsumexp, x_.s.heads, at), alone.logsumexp);
+    EXPECT_EQ(rows_of(together.grad_k, keys_, {b}), alone.grad_k);
+    EXPECT_EQ(rows_of(together.grad_v, keys_, {b}), alone.grad_v);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Masks, RaggedRows, testing::Values(kNone, AttentionMask::kKeys));
+
+TEST(ExpertAttention, AStartBehindTheKeysIsRefused) {
+  const Problem x(Shape{2, 3, 4, 0, 1, 1, 8, kNone});
+  std::vector<float> out(x.q.size()), logsumexp(x.rows);
+  const auto run_from = [&](std::vector<int32_t> starts) {
+    ExpertAttentionShape shape = x.params();
+    shape.starts = starts.data();
+    return cpu::expert_attention(
+        {shape, x.q.data(), x.k.data(), x.v.data(), x.strides(), x.strides(), out.data(), logsumexp.data()}, serial);
+  };
+  EXPECT_EQ(run_from({4, 0}), Status::kOk);
+  EXPECT_EQ(run_from({4, 5}), Status::kIndexOutOfRange);
+  EXPECT_EQ(run_from({-1, 0}), Status::kIndexOutOfRange);
 }
 
 TEST(Isa, TheChoiceIsNamedAndNeverAboveTheBest) {

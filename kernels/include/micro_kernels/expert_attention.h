@@ -1,7 +1,7 @@
 #pragma once
 // Some queries, all keys of their expert, causal by slot (model.md 2.6, 2.7):
 //   out[n, a] = sum_j softmax_j(scale * q[n, a] . k[b, e, g, j]) v[b, e, g, j],   g = a / (A / G)
-// where row n of the plan belongs to expert e and token t = tokens[n] of row b = t / S at slot start + t % S.
+// where row n of the plan belongs to expert e and token t = tokens[n] of row b = t / S at slot start[b] + t % S.
 // Nothing of size S x J is ever stored.
 
 #include <cstdint>
@@ -28,7 +28,8 @@ struct ExpertAttentionShape {
   int64_t masks;                          // 1 or B: rows of a mask of kind kPairs or kBias
   int64_t rows, heads, groups, head_dim;  // N, A, G, D
   int64_t batch, experts, slots, keys;    // B, E, S, J
-  int64_t start;                          // slot of the first token
+  int64_t start;                          // slot of a row's first token ...
+  const int32_t* starts;                  // ... or one per row, [B]; nullptr: start for all
   double scale;
   DType dtype;  // of q, k, v, out and their gradients
 };
@@ -67,7 +68,7 @@ struct ExpertAttentionBackwardParams {
 };
 
 // kIndexOutOfRange on the CPU, a device assertion on CUDA: offsets that do not ascend from 0 to at most N, a token
-// outside [0, B*S), or tokens that do not ascend within an expert.
+// outside [0, B*S), tokens that do not ascend within an expert, or, with starts, a token at a slot outside [0, J).
 namespace cpu {
 Status expert_attention(const ExpertAttentionParams& params, const ParallelFor& parallel_for);
 Status expert_attention_backward(const ExpertAttentionBackwardParams& params, const ParallelFor& parallel_for);
