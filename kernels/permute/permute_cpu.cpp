@@ -1,65 +1,82 @@
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
+#include "micro_kernels/isa.h"
 #include "micro_kernels/permute.h"
+#include "permute/permute_loop.h"
 
 namespace micro_kernels::cpu {
+
+const PermuteLoops kPermutePlain = kLoops;
+
 namespace {
 
 constexpr int64_t kGrainElements = 16 * 1024;  // below this, handing work to another thread costs more than it saves
-constexpr int64_t kBlock = 256;                // columns whose sums stay in the first cache
+
+const PermuteLoops& loops_for_this_cpu() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::kAvx512) return kPermuteAvx512;
+  if (isa() >= Isa::kAvx2) return kPermuteAvx2;
+#endif
+  return kPermutePlain;
+}
 
 bool in_range(const int32_t* values, int64_t count, int64_t end) {
   return std::all_of(values, values + count, [end](int32_t v) { return v >= 0 && v < end; });
 }
 
-template <class T>
-void copy_row(const PermuteParams& p, int64_t row) {
-  T* y = static_cast<T*>(p.y) + row * p.hidden;
-  const T* x = static_cast<const T*>(p.x) + p.tokens[row] * p.hidden;
+// Zero is all bits zero in every element type.
+void copy_row(const PermuteParams& p, int64_t row, size_t bytes) {
+  char* y = static_cast<char*>(p.y) + static_cast<size_t>(row) * bytes;
   if (row < p.offsets[p.experts])
-    std::copy(x, x + p.hidden, y);
+    std::memcpy(y, static_cast<const char*>(p.x) + static_cast<size_t>(p.tokens[row]) * bytes, bytes);
   else
-    std::fill(y, y + p.hidden, T(accumulator_t<T>(0)));
+    std::memset(y, 0, bytes);
 }
 
-// The k rows of a token are added by rank, in the accumulator type, and rounded once.
-template <class T>
-void gather_sum(const PermuteBackwardParams& p, int64_t token) {
-  using Acc = accumulator_t<T>;
-  const int32_t* rows = p.inverse + token * p.k;
-  T* __restrict__ grad_x = static_cast<T*>(p.grad_x) + token * p.hidden;
-  for (int64_t from = 0; from < p.hidden; from += kBlock) {
-    const int64_t width = std::min(kBlock, p.hidden - from);
-    Acc sum[kBlock] = {};
-    for (int64_t i = 0; i < p.k; ++i) {
-      if (rows[i] >= p.offsets[p.experts]) continue;
-      const T* __restrict__ grad_y = static_cast<const T*>(p.grad_y) + rows[i] * p.hidden + from;
-      for (int64_t h = 0; h < width; ++h) sum[h] += static_cast<Acc>(grad_y[h]);
+// Stored: the element as the loops see it, plain bits for bfloat16.
+template <class Stored>
+void all_sums(const PermuteBackwardParams& p, const ParallelFor& parallel_for, RowSum<Stored> sum) {
+  const int64_t grain = kGrainElements / std::max<int64_t>(1, p.hidden * p.k) + 1;
+  parallel_for(p.token_count, grain, [&](int64_t begin, int64_t end) {
+    std::vector<const Stored*> rows;
+    rows.reserve(p.k);
+    for (int64_t token = begin; token < end; ++token) {
+      rows.clear();
+      for (int64_t pair = token * p.k; pair < (token + 1) * p.k; ++pair)
+        if (p.inverse[pair] < p.offsets[p.experts])
+          rows.push_back(static_cast<const Stored*>(p.grad_y) + p.inverse[pair] * p.hidden);
+      sum(rows.data(), static_cast<int64_t>(rows.size()), static_cast<Stored*>(p.grad_x) + token * p.hidden, p.hidden);
     }
-    for (int64_t h = 0; h < width; ++h) grad_x[from + h] = T(sum[h]);
-  }
+  });
 }
 
 }  // namespace
 
 Status permute(const PermuteParams& p, const ParallelFor& parallel_for) {
   if (!in_range(p.tokens, p.rows, p.token_count)) return Status::kIndexOutOfRange;
-  dispatch(p.dtype, [&]<class T>() {
-    parallel_for(p.rows, kGrainElements / std::max<int64_t>(1, p.hidden) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) copy_row<T>(p, row);
-    });
+  const auto bytes = static_cast<size_t>(p.hidden) * dispatch(p.dtype, []<class T>() { return sizeof(T); });
+  parallel_for(p.rows, kGrainElements / std::max<int64_t>(1, p.hidden) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) copy_row(p, row, bytes);
   });
   return Status::kOk;
 }
 
 Status permute_backward(const PermuteBackwardParams& p, const ParallelFor& parallel_for) {
   if (!in_range(p.inverse, p.token_count * p.k, p.token_count * p.k)) return Status::kIndexOutOfRange;
-  dispatch(p.dtype, [&]<class T>() {
-    parallel_for(p.token_count, kGrainElements / std::max<int64_t>(1, p.hidden * p.k) + 1,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t token = begin; token < end; ++token) gather_sum<T>(p, token);
-                 });
-  });
+  const PermuteLoops& loops = loops_for_this_cpu();
+  switch (p.dtype) {
+    case DType::kFloat32:
+      all_sums(p, parallel_for, loops.float32);
+      break;
+    case DType::kFloat64:
+      all_sums(p, parallel_for, loops.float64);
+      break;
+    case DType::kBFloat16:
+      all_sums(p, parallel_for, loops.bfloat16);
+      break;
+  }
   return Status::kOk;
 }
 

@@ -1,29 +1,38 @@
 #include <algorithm>
 
+#include "micro_kernels/isa.h"
 #include "micro_kernels/rope.h"
+#include "rope/rope_loop.h"
 
 namespace micro_kernels::cpu {
+
+const RopeLoops kRopePlain = kLoops;
+
 namespace {
 
 constexpr int64_t kGrainElements = 16 * 1024;  // below this, handing work to another thread costs more than it saves
 
-template <class T>
-void rotate_row(const RopeParams& p, int64_t row) {
-  using Acc = accumulator_t<T>;
-  const int64_t half = p.head_dim / 2;
-  const int64_t position = p.tokens ? p.tokens[row] : row % p.positions;
-  const Acc* __restrict__ cos = static_cast<const Acc*>(p.cos) + position * half;
-  const Acc* __restrict__ sin = static_cast<const Acc*>(p.sin) + position * half;
+const RopeLoops& loops_for_this_cpu() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::kAvx512) return kRopeAvx512;
+  if (isa() >= Isa::kAvx2) return kRopeAvx2;
+#endif
+  return kRopePlain;
+}
+
+// Stored: the element as the loops see it, plain bits for bfloat16.
+template <class Stored, class Acc>
+void all_rows(const RopeParams& p, const ParallelFor& parallel_for, RopeLoop<Stored, Acc> turn) {
+  const int64_t row_size = p.heads * p.head_dim, half = p.head_dim / 2;
   const Acc sign = p.direction == RopeDirection::kForward ? Acc(1) : Acc(-1);
-  for (int64_t head = row * p.heads; head < (row + 1) * p.heads; ++head) {
-    const T* __restrict__ x = static_cast<const T*>(p.x) + head * p.head_dim;
-    T* __restrict__ y = static_cast<T*>(p.y) + head * p.head_dim;
-    for (int64_t i = 0; i < half; ++i) {
-      const Acc a = static_cast<Acc>(x[i]), b = static_cast<Acc>(x[half + i]), s = sign * sin[i];
-      y[i] = T(a * cos[i] - b * s);
-      y[half + i] = T(b * cos[i] + a * s);
+  parallel_for(p.rows, kGrainElements / std::max<int64_t>(1, row_size) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t position = p.tokens ? p.tokens[row] : row % p.positions;
+      turn(static_cast<const Stored*>(p.x) + row * row_size, static_cast<const Acc*>(p.cos) + position * half,
+           static_cast<const Acc*>(p.sin) + position * half, sign, static_cast<Stored*>(p.y) + row * row_size, p.heads,
+           half);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -31,12 +40,18 @@ void rotate_row(const RopeParams& p, int64_t row) {
 Status rope(const RopeParams& p, const ParallelFor& parallel_for) {
   const auto outside = [&p](int32_t t) { return t < 0 || t >= p.positions; };
   if (p.tokens && std::any_of(p.tokens, p.tokens + p.rows, outside)) return Status::kIndexOutOfRange;
-  dispatch(p.dtype, [&]<class T>() {
-    parallel_for(p.rows, kGrainElements / std::max<int64_t>(1, p.heads * p.head_dim) + 1,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t row = begin; row < end; ++row) rotate_row<T>(p, row);
-                 });
-  });
+  const RopeLoops& loops = loops_for_this_cpu();
+  switch (p.dtype) {
+    case DType::kFloat32:
+      all_rows(p, parallel_for, loops.float32);
+      break;
+    case DType::kFloat64:
+      all_rows(p, parallel_for, loops.float64);
+      break;
+    case DType::kBFloat16:
+      all_rows(p, parallel_for, loops.bfloat16);
+      break;
+  }
   return Status::kOk;
 }
 

@@ -10,6 +10,8 @@
 #include <random>
 #include <vector>
 
+#include "elements.h"
+
 namespace micro_kernels {
 namespace {
 
@@ -130,6 +132,75 @@ TEST(Combine, ExpertsAreAddedInAscendingOrderWhateverTheirRank) {
   };
   EXPECT_EQ(sum_with({0, 1, 2}), 256.0f);
   EXPECT_EQ(sum_with({2, 0, 1}), 258.0f);
+}
+
+// ---- bit for bit, in every element type and at sizes around those of a vector --------------------------------------
+
+template <class T>
+struct CombineBits : testing::Test {};
+TYPED_TEST_SUITE(CombineBits, ElementTypes);
+
+TYPED_TEST(CombineBits, EachSumIsRounded) {
+  using T = TypeParam;
+  using Acc = accumulator_t<T>;
+  const auto wide = [](T value) { return static_cast<Acc>(value); };
+  for (int64_t hidden : {1, 8, 15, 16, 17, 33, 300}) {
+    SCOPED_TRACE(hidden);
+    Problem plan(Shape{9, 3, hidden});
+    for (size_t n = 0; n < plan.experts.size(); ++n) plan.experts[n] = static_cast<int32_t>(n);  // rows stand in order
+    const std::vector<T> y = random_elements<T>(plan.rows() * hidden, 1), weights = random_elements<T>(plan.rows(), 2);
+    std::vector<T> out(9 * hidden), want;
+    CombineParams params = plan.forward(plan.grad);
+    params.y = y.data();
+    params.weights = weights.data();
+    params.out = out.data();
+    params.dtype = kDTypeOf<T>;
+    ASSERT_EQ(cpu::combine(params, serial), Status::kOk);
+    for (int64_t t = 0; t < 9; ++t) {
+      std::vector<int64_t> pairs{t * 3, t * 3 + 1, t * 3 + 2};
+      std::sort(pairs.begin(), pairs.end(), [&](int64_t a, int64_t b) { return plan.inverse[a] < plan.inverse[b]; });
+      for (int64_t h = 0; h < hidden; ++h) {
+        T sum(Acc(0));
+        for (int64_t pair : pairs)
+          if (plan.active(pair))
+            sum = T(wide(sum) + wide(T(wide(y[plan.inverse[pair] * hidden + h]) * wide(weights[pair]))));
+        want.push_back(sum);
+      }
+    }
+    expect_same_bits(out, want);
+  }
+}
+
+TYPED_TEST(CombineBits, BackwardEqualsTheDefinition) {
+  using T = TypeParam;
+  using Acc = accumulator_t<T>;
+  const auto wide = [](T value) { return static_cast<Acc>(value); };
+  for (int64_t hidden : {1, 8, 15, 16, 17, 33, 300}) {
+    SCOPED_TRACE(hidden);
+    const Problem plan(Shape{9, 3, hidden});
+    const std::vector<T> y = random_elements<T>(plan.rows() * hidden, 1), weights = random_elements<T>(plan.rows(), 2);
+    const std::vector<T> grad = random_elements<T>(9 * hidden, 3);
+    std::vector<T> grad_y(y.size(), T(Acc(7))), want_y(y.size(), T(Acc(0)));
+    std::vector<Acc> grad_weights(plan.rows()), want_weights(plan.rows());
+    ASSERT_EQ(cpu::combine_backward({grad.data(), y.data(), weights.data(), plan.offsets.data(), plan.inverse.data(),
+                                     grad_y.data(), grad_weights.data(), 9, 3, hidden, Problem::kExperts, kDTypeOf<T>},
+                                    serial),
+              Status::kOk);
+    for (int64_t pair = 0; pair < plan.rows(); ++pair) {
+      if (!plan.active(pair)) continue;
+      const int64_t row = plan.inverse[pair] * hidden, token = pair / 3 * hidden;
+      Acc part[16] = {};
+      for (int64_t h = 0; h < hidden; ++h) {
+        want_y[row + h] = T(wide(grad[token + h]) * wide(weights[pair]));
+        part[h % 16] += wide(grad[token + h]) * wide(y[row + h]);
+      }
+      for (int64_t width = 8; width > 0; width /= 2)
+        for (int64_t j = 0; j < width; ++j) part[j] += part[j + width];
+      want_weights[pair] = part[0];
+    }
+    expect_same_bits(grad_y, want_y);
+    expect_same_bits(grad_weights, want_weights);
+  }
 }
 
 }  // namespace

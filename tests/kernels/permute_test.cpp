@@ -10,6 +10,8 @@
 #include <random>
 #include <vector>
 
+#include "elements.h"
+
 namespace micro_kernels {
 namespace {
 
@@ -97,6 +99,43 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PermuteTest,
                            return std::to_string(info.param.tokens) + "_K" + std::to_string(info.param.k) + "_H" +
                                   std::to_string(info.param.hidden);
                          });
+
+// ---- bit for bit, in every element type and at sizes around those of a vector --------------------------------------
+
+template <class T>
+struct PermuteBits : testing::Test {};
+TYPED_TEST_SUITE(PermuteBits, ElementTypes);
+
+TYPED_TEST(PermuteBits, EqualTheDefinition) {
+  using T = TypeParam;
+  using Acc = accumulator_t<T>;
+  for (int64_t hidden : {1, 8, 15, 16, 17, 33, 300}) {
+    SCOPED_TRACE(hidden);
+    const Problem plan(Shape{9, 3, hidden});
+    const int64_t active = plan.offsets[1];
+    const std::vector<T> x = random_elements<T>(9 * hidden, 1), grad_y = random_elements<T>(plan.rows() * hidden, 2);
+    std::vector<T> y(grad_y.size(), T(Acc(7))), grad_x(x.size()), want_y(y.size(), T(Acc(0))), want_x;
+    ASSERT_EQ(cpu::permute(
+                  {x.data(), plan.tokens.data(), plan.offsets.data(), y.data(), 9, plan.rows(), hidden, 1, kDTypeOf<T>},
+                  serial),
+              Status::kOk);
+    for (int64_t n = 0; n < active; ++n)
+      std::copy_n(x.begin() + plan.tokens[n] * hidden, hidden, want_y.begin() + n * hidden);
+    expect_same_bits(y, want_y);
+    ASSERT_EQ(cpu::permute_backward({grad_y.data(), plan.offsets.data(), plan.inverse.data(), grad_x.data(), 9, 3,
+                                     hidden, 1, kDTypeOf<T>},
+                                    serial),
+              Status::kOk);
+    for (int64_t t = 0; t < 9; ++t)
+      for (int64_t h = 0; h < hidden; ++h) {
+        Acc sum = 0;
+        for (int64_t i = 0; i < 3; ++i)
+          if (const int64_t n = plan.inverse[t * 3 + i]; n < active) sum += static_cast<Acc>(grad_y[n * hidden + h]);
+        want_x.push_back(T(sum));
+      }
+    expect_same_bits(grad_x, want_x);
+  }
+}
 
 }  // namespace
 }  // namespace micro_kernels

@@ -6,25 +6,10 @@
 //   Exact<T>  cells in the accumulator type of the stored type T
 //   Paired    bfloat16 pairs, where the CPU multiplies them
 
-#include "common/cpu/simd.h"
+#include "common/cpu/stored.h"
 
 namespace micro_kernels::cpu {
 namespace {
-
-template <class T>
-struct Stored;  // uint16_t stands for bfloat16: dtype.h has inline code and stays outside
-template <>
-struct Stored<float> {
-  using Acc = float;
-};
-template <>
-struct Stored<double> {
-  using Acc = double;
-};
-template <>
-struct Stored<uint16_t> {
-  using Acc = float;
-};
 
 template <class StoredType>
 struct Exact {
@@ -47,34 +32,7 @@ struct Paired {
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// ---- stored elements to accumulator vectors and back ---------------------------------------------------------------
-
-inline Vec<float> load_wide(const float* from) { return load(from); }
-inline Vec<double> load_wide(const double* from) { return load(from); }
-inline Vec<float> load_wide(const uint16_t* from) { return load_bfloat16(from); }
-
-inline void store_narrow(float* to, Vec<float> v) { store(to, v); }
-inline void store_narrow(double* to, Vec<double> v) { store(to, v); }
-inline void store_narrow(uint16_t* to, Vec<float> v) { store_bfloat16(to, v); }
-
-// Reads `count` elements at most, zeros behind them.
-template <class T>
-inline auto load_wide(const T* from, int64_t count) {
-  constexpr int n = kLanes<typename Stored<T>::Acc>;
-  if (count >= n) return load_wide(from);
-  T part[n] = {};
-  for (int64_t i = 0; i < count; ++i) part[i] = from[i];
-  return load_wide(part);
-}
-
-template <class T>
-inline void store_narrow(T* to, Vec<typename Stored<T>::Acc> v, int64_t count) {
-  constexpr int n = kLanes<typename Stored<T>::Acc>;
-  if (count >= n) return store_narrow(to, v);
-  T part[n];
-  store_narrow(part, v);
-  for (int64_t i = 0; i < count; ++i) to[i] = part[i];
-}
+// ---- packing -------------------------------------------------------------------------------------------------------
 
 // `count` elements as a vector of cells: one element each, or a pair of neighbours each.
 template <class Mode>
@@ -94,8 +52,6 @@ inline Vec<typename Mode::Cell> load_cells(const typename Mode::T* from, int64_t
     return cells;
   }
 }
-
-// ---- packing -------------------------------------------------------------------------------------------------------
 
 // One row as an A operand: consecutive cells, `width` of them, zero behind `count` elements.
 template <class Mode>

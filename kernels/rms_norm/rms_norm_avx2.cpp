@@ -1,0 +1,7 @@
+#include "rms_norm/rms_norm_loop.h"
+
+namespace micro_kernels::cpu {
+
+const RmsNormLoops kRmsNormAvx2 = kLoops;
+
+}  // namespace micro_kernels::cpu
