@@ -1,8 +1,8 @@
 #include "micro/cross_entropy.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ne.h>
@@ -18,7 +18,7 @@
 #include <tuple>
 
 #include "micro_kernels/cross_entropy.h"
-#include "ops/common.h"
+#include "ops/linear.h"
 
 namespace micro {
 namespace {
@@ -65,15 +65,29 @@ Tensor chunk_losses(const Tensor& logits, const Tensor& targets, bool write_grad
   return losses;
 }
 
-// grad_weight += grad_logits^T hidden. Chunks are added in the accumulator type, so that their number costs bfloat16 no
-// precision.
-void add_weight_gradient(const Tensor& grad_weight, const Tensor& grad_logits, const Tensor& hidden) {
-  if (grad_weight.scalar_type() == hidden.scalar_type()) {
-    Tensor out = grad_weight;
-    at::addmm_out(out, grad_weight, grad_logits.t(), hidden);
-  } else {
-    grad_weight.add_(at::mm(grad_logits.t(), hidden));
+void logits_of(const Tensor& hidden, const Tensor& weight, Tensor logits) {
+  if (hidden.is_cuda()) {
+    at::mm_out(logits, hidden, weight.t());
+    return;
   }
+  LinearBatch batch(kName, hidden);
+  batch.product(hidden, weight, logits);
+  batch.run();
+}
+
+// Gradients of a chunk's rows of hidden, and the chunk's part of grad_weight. Chunks are added in the accumulator type,
+// so that their number costs bfloat16 no precision.
+void chunk_gradients(const Tensor& grad_logits, const Tensor& hidden, const Tensor& weight, Tensor grad_hidden,
+                     const Tensor& grad_weight) {
+  if (hidden.is_cuda()) {
+    if (grad_hidden.defined()) at::mm_out(grad_hidden, grad_logits, weight);
+    if (grad_weight.defined()) grad_weight.add_(at::mm(grad_logits.t(), hidden));
+    return;
+  }
+  LinearBatch batch(kName, hidden);
+  if (grad_hidden.defined()) batch.grad_x({{grad_logits, weight}}, grad_hidden);
+  if (grad_weight.defined()) batch.grad_weight(grad_logits, hidden, grad_weight, true);
+  batch.run();
 }
 
 // A gradient that is not wanted is a tensor without elements: traced graphs know no undefined tensors.
@@ -84,10 +98,11 @@ std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& hidden, const Tensor& 
           wanted[1] ? at::zeros_symint(weight.sym_sizes(), wide) : at::empty({0}, wide)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets,
                                            int64_t ignore_index, std::array<bool, 2> wanted) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::DeviceGuard device(hidden.device());
+  const c10::DeviceGuard device(hidden_.device());
+  const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous();
   const int64_t vocabulary = weight.size(0);
   auto [loss, grad_hidden, grad_weight] = allocate(hidden, weight, wanted);
   const Tensor rows = at::nonzero(at::ne(targets, ignore_index)).squeeze(1);
@@ -99,10 +114,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& w
     const Tensor chosen = rows.narrow(0, begin, std::min(chunk, rows.numel() - begin));
     const Tensor chosen_hidden = hidden.index_select(0, chosen);
     Tensor logits = buffer.narrow(0, 0, chosen.numel());
-    at::mm_out(logits, chosen_hidden, weight.t());
+    logits_of(chosen_hidden, weight, logits);
     total += chunk_losses(logits, targets.index_select(0, chosen), wanted[0] || wanted[1]).sum(at::kDouble);
-    if (wanted[0]) grad_hidden.index_copy_(0, chosen, at::mm(logits, weight));
-    if (wanted[1]) add_weight_gradient(grad_weight, logits, chosen_hidden);
+    const Tensor rows_gradient = wanted[0] ? at::empty_like(chosen_hidden) : Tensor();
+    chunk_gradients(logits, chosen_hidden, weight, rows_gradient, wanted[1] ? grad_weight : Tensor());
+    if (wanted[0]) grad_hidden.index_copy_(0, chosen, rows_gradient);
   }
   loss.copy_(total);
   return {loss, grad_hidden, grad_weight};

@@ -41,9 +41,9 @@ Tensor forward_cpu(const Tensor& x_, const Tensor& weight_, const Tensor& offset
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const std::vector<int64_t> bounds = expert_bounds(kName, offsets, x.size(0));
   Tensor y = allocate_forward(x, weight);
-  LinearBatch batch(kName, x, weight);
+  LinearBatch batch(kName, x);
   for (int64_t e = 0; e < weight.size(0); ++e)
-    batch.add(x.slice(0, bounds[e], bounds[e + 1]), weight[e], y.slice(0, bounds[e], bounds[e + 1]));
+    batch.product(x.slice(0, bounds[e], bounds[e + 1]), weight[e], y.slice(0, bounds[e], bounds[e + 1]));
   batch.run();
   y.slice(0, bounds.back()).zero_();
   return y;
@@ -87,18 +87,13 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_y_, const Tensor& x_,
   const Tensor grad_y = grad_y_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
   const std::vector<int64_t> bounds = expert_bounds(kName, offsets, x.size(0));
   auto [grad_x, grad_weight] = allocate_backward(x, weight, wanted);
+  LinearBatch batch(kName, x);
   for (int64_t e = 0; e < weight.size(0); ++e) {
-    const bool used = bounds[e] < bounds[e + 1];
-    const Tensor grad_rows = grad_y.slice(0, bounds[e], bounds[e + 1]);
-    if (wanted[0] && used) {
-      Tensor rows = grad_x.slice(0, bounds[e], bounds[e + 1]);
-      at::mm_out(rows, grad_rows, weight[e]);
-    }
-    if (wanted[1]) {
-      Tensor matrix = grad_weight[e];
-      used ? at::mm_out(matrix, grad_rows.t(), x.slice(0, bounds[e], bounds[e + 1])) : matrix.zero_();
-    }
+    const auto rows = [&](const Tensor& t) { return t.slice(0, bounds[e], bounds[e + 1]); };
+    if (wanted[0]) batch.grad_x({{rows(grad_y), weight[e]}}, rows(grad_x));
+    if (wanted[1]) batch.grad_weight(rows(grad_y), rows(x), grad_weight[e], false);
   }
+  batch.run();
   if (wanted[0]) grad_x.slice(0, bounds.back()).zero_();
   return {grad_x, grad_weight};
 }

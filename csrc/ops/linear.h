@@ -3,8 +3,9 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/mm.h>
 
+#include <deque>
+#include <utility>
 #include <vector>
 
 #include "micro_kernels/expert_linear.h"
@@ -42,31 +43,57 @@ inline std::vector<int64_t> expert_bounds(const char* function, const at::Tensor
   return bounds;
 }
 
-// y = x weight^T for one matrix: few rows are collected for one pass of the kernel, many go to BLAS at once.
+// Products of one element type on the CPU, collected and worked off together. All tensors are matrices, contiguous, and
+// must outlive run().
 class LinearBatch {
  public:
-  LinearBatch(const char* function, const at::Tensor& x, const at::Tensor& weight)
-      : function_(function), in_(weight.size(-1)), out_(weight.size(-2)), dtype_(kernel_dtype(function, x)) {}
+  LinearBatch(const char* function, const at::Tensor& x) : function_(function), dtype_(kernel_dtype(function, x)) {}
 
-  // All three contiguous: [rows, in], [out, in], [rows, out].
-  void add(const at::Tensor& x, const at::Tensor& weight, at::Tensor y) {
-    if (x.size(0) > micro_kernels::cpu::kFewRows) {
-      at::mm_out(y, x, weight.t());
-    } else if (x.size(0) > 0) {
-      parts_.push_back({x.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(), x.size(0)});
-    }
+  // y = x weight^T: [rows, in], [out, in], [rows, out].
+  void product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& y) {
+    micro_kernels::LinearPart part;
+    part.x = rows_of(x);
+    part.matrix.data = weight.const_data_ptr();
+    part.y = {y.mutable_data_ptr(), nullptr, y.size(1)};
+    part.rows = x.size(0), part.in = x.size(1), part.out = weight.size(0);
+    products_.push_back(part);
+  }
+
+  // grad_x = sum over the sources (grad_y, weight) of grad_y weight.
+  void grad_x(const std::vector<std::pair<at::Tensor, at::Tensor>>& sources, const at::Tensor& grad_x) {
+    std::vector<micro_kernels::LinearSource>& list = sources_.emplace_back();
+    for (const auto& [grad_y, weight] : sources) list.push_back({rows_of(grad_y), weight.const_data_ptr()});
+    grad_x_.push_back({list.data(),
+                       static_cast<int64_t>(list.size()),
+                       {grad_x.mutable_data_ptr(), nullptr, grad_x.size(1)},
+                       grad_x.size(0),
+                       grad_x.size(1),
+                       sources.empty() ? 0 : sources.front().first.size(1)});
+  }
+
+  // grad_weight = grad_y^T x, or, where `grad_weight` is to be accumulated (in the accumulator type), added to it.
+  void grad_weight(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& grad_weight, bool accumulate) {
+    grad_weight_.push_back({rows_of(grad_y), rows_of(x), grad_weight.mutable_data_ptr(), x.size(0), x.size(1),
+                            grad_y.size(1), accumulate});
   }
 
   void run() {
-    check(function_, micro_kernels::cpu::few_rows_linear(parts_.data(), static_cast<int64_t>(parts_.size()), in_, out_,
-                                                         dtype_, parallel_for));
+    using namespace micro_kernels::cpu;
+    const auto count = [](const auto& parts) { return static_cast<int64_t>(parts.size()); };
+    check(function_, linear(products_.data(), count(products_), dtype_, parallel_for));
+    check(function_, linear_grad_x(grad_x_.data(), count(grad_x_), dtype_, parallel_for));
+    check(function_, linear_grad_weight(grad_weight_.data(), count(grad_weight_), dtype_, parallel_for));
   }
 
  private:
+  static micro_kernels::ConstRows rows_of(const at::Tensor& t) { return {t.const_data_ptr(), nullptr, t.size(1)}; }
+
   const char* function_;
-  int64_t in_, out_;
   micro_kernels::DType dtype_;
-  std::vector<micro_kernels::LinearRows> parts_;
+  std::vector<micro_kernels::LinearPart> products_;
+  std::deque<std::vector<micro_kernels::LinearSource>> sources_;
+  std::vector<micro_kernels::LinearGradXPart> grad_x_;
+  std::vector<micro_kernels::LinearGradWeightPart> grad_weight_;
 };
 
 // As torch's own linear: both sides in the type of the autocast region.

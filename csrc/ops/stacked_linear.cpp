@@ -1,6 +1,5 @@
 #include "micro/stacked_linear.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -54,10 +53,10 @@ Tensor forward_cpu(const Tensor& x_, const Tensor& weight_, const OptionalTensor
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const std::vector<bool> used = used_experts(offsets, weight.size(0));
   Tensor y = allocate_forward(x, weight);
-  LinearBatch batch(kName, x, weight);
+  LinearBatch batch(kName, x);
   for (int64_t e = 0; e < weight.size(0); ++e) {
     if (used[e]) {
-      batch.add(x[x.size(0) == 1 ? 0 : e], weight[e], y[e]);
+      batch.product(x[x.size(0) == 1 ? 0 : e], weight[e], y[e]);
     } else {
       y[e].zero_();
     }
@@ -101,41 +100,28 @@ std::tuple<Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x, const T
   return allocate_backward(x, weight, wanted);
 }
 
-// x is shared: its gradient is the sum over experts, in one product along experts and outputs, so that bfloat16 is
-// rounded once.
-void shared_grad_x(const Tensor& grad_y, const Tensor& weight, const std::vector<bool>& used, Tensor grad_x) {
-  std::vector<Tensor> grads, weights;
-  for (int64_t e = 0; e < weight.size(0); ++e) {
-    if (!used[e]) continue;
-    grads.push_back(grad_y[e]);
-    weights.push_back(weight[e]);
-  }
-  if (grads.empty()) {
-    grad_x.zero_();
-    return;
-  }
-  const bool all = static_cast<int64_t>(weights.size()) == weight.size(0);
-  at::mm_out(grad_x, grads.size() == 1 ? grads[0] : at::cat(grads, 1),
-             all ? weight.view({-1, weight.size(2)}) : at::cat(weights, 0));
-}
-
+// Where all experts read the same x its gradient is the sum over experts, in one chain, so that bfloat16 is rounded
+// once.
 std::tuple<Tensor, Tensor> backward_cpu(const Tensor& grad_y_, const Tensor& x_, const Tensor& weight_,
                                         const OptionalTensor& offsets, std::array<bool, 2> wanted) {
   const Tensor grad_y = grad_y_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
   const std::vector<bool> used = used_experts(offsets, weight.size(0));
   const bool shared = x.size(0) == 1;
   auto [grad_x, grad_weight] = allocate_backward(x, weight, wanted);
-  if (wanted[0] && shared) shared_grad_x(grad_y, weight, used, grad_x[0]);
+  LinearBatch batch(kName, x);
+  std::vector<std::pair<Tensor, Tensor>> sources;
   for (int64_t e = 0; e < weight.size(0); ++e) {
-    if (wanted[0] && !shared) {
-      Tensor slice = grad_x[e];
-      used[e] ? at::mm_out(slice, grad_y[e], weight[e]) : slice.zero_();
-    }
     if (wanted[1]) {
       Tensor matrix = grad_weight[e];
-      used[e] ? at::mm_out(matrix, grad_y[e].t(), x[shared ? 0 : e]) : matrix.zero_();
+      used[e] ? batch.grad_weight(grad_y[e], x[shared ? 0 : e], matrix, false) : void(matrix.zero_());
+    }
+    if (used[e]) sources.emplace_back(grad_y[e], weight[e]);
+    if (wanted[0] && (!shared || e + 1 == weight.size(0))) {
+      batch.grad_x(sources, grad_x[shared ? 0 : e]);
+      sources.clear();
     }
   }
+  batch.run();
   return {grad_x, grad_weight};
 }
 

@@ -35,13 +35,6 @@ inline void store_narrow(T* to, Vec<wide_t<T>> v) {
     store<T>(to, v);
 }
 
-// Without overflow on either side: exp is only ever asked for numbers <= 0.
-template <class Acc>
-inline Vec<Acc> sigmoid(Vec<Acc> x) {
-  const Vec<Acc> e = exp<Acc>(x < 0 ? x : -x);
-  return (x < 0 ? e : broadcast<Acc>(1)) / (e + Acc(1));
-}
-
 template <class T>
 inline void forward_vector(const T* gate, const T* up, T* y) {
   const Vec<wide_t<T>> g = load_wide(gate);

@@ -37,22 +37,18 @@ class StackedLinear(nn.Module):
 class Linear(nn.Linear):
     """A plain linear map without bias, an ``nn.Linear`` in name, parameters and hooks.
 
-    Few rows without gradient (decoding) go through :func:`micro.ops.expert_linear` as a layer with one expert: it reads
-    the weights at memory speed, where the general product of torch does not.
+    On the CPU it is :func:`micro.ops.stacked_linear` with one matrix, whose rows do not depend on each other's number:
+    prefill and decoding give the same bits (performance.md 9.9).
     """
-
-    few = 8  # rows up to which the weights' bytes, not the arithmetic, set the time
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [...,in] -> [...,out]."""
-        rows = input.numel() // self.in_features
-        if torch.is_grad_enabled() or not 0 < rows <= self.few or input.dtype != self.weight.dtype:
+        if input.device.type != "cpu":
             return super().forward(input)
-        offsets = torch.tensor((0, rows), dtype=torch.int32, device=input.device)
-        flat = ops.expert_linear(input.reshape(rows, self.in_features), self.weight[None], offsets)
+        flat = ops.stacked_linear(input.reshape(1, -1, self.in_features), self.weight[None])
         return flat.view(*input.shape[:-1], self.out_features)
 
 

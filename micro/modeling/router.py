@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from micro import ops
 from micro.modeling.config import MiCRoConfig
 from micro.modeling.layers import Linear
 
@@ -34,7 +35,7 @@ class MiCRoRouter(nn.Module):
         """Of x [T,H] the logits [T,E], in the model dtype (fast numerics without gradient: float32)."""
         if self.fold and not torch.is_grad_enabled() and self._foldable():
             weight = self._folded_weight()
-            return nn.functional.linear(x.to(weight.dtype), weight)
+            return ops.stacked_linear(x.to(weight.dtype)[None], weight[None])[0]
         logits: Tensor = self.out_proj(self.in_proj(x))
         return logits
 

@@ -149,6 +149,13 @@ inline Vec<T> exp(Vec<T> x) {
   return x < C::kSmallest ? Vec<T>{} : p * scale;
 }
 
+// Without overflow on either side: exp is only ever asked for numbers <= 0.
+template <class Acc>
+inline Vec<Acc> sigmoid(Vec<Acc> x) {
+  const Vec<Acc> e = exp<Acc>(x < 0 ? x : -x);
+  return (x < 0 ? e : broadcast<Acc>(1)) / (e + Acc(1));
+}
+
 // ---- bfloat16 ------------------------------------------------------------------------------------------------------
 
 inline Vec<uint32_t> widen(HalfVec v) { return __builtin_convertvector(v, Vec<uint32_t>); }

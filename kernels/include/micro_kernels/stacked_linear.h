@@ -1,7 +1,7 @@
 #pragma once
 // Every token through every expert that is used (model.md 2.6: keys and values):
 //   y[e, t, o] = sum_i weight[e, o, i] * x[e or 0, t, i];   0 where offsets[e] == offsets[e + 1]
-// On the CPU the work is done by few_rows_linear (expert_linear.h) and by LibTorch's BLAS.
+// On the CPU this is a list of parts of cpu::linear (expert_linear.h).
 
 #include <cstdint>
 

@@ -1,0 +1,17 @@
+#include "expert_linear/linear_panels.h"
+
+namespace micro_kernels::cpu {
+
+const LinearKernels& linear_kernels_avx512(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return kLinear<Exact<double>>;
+    case DType::kBFloat16:
+      return kLinear<Exact<uint16_t>>;
+    case DType::kFloat32:
+      break;
+  }
+  return kLinear<Exact<float>>;
+}
+
+}  // namespace micro_kernels::cpu

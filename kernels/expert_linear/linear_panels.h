@@ -1,0 +1,468 @@
+#pragma once
+// One panel of a product: all rows of a part against 64 columns. Included by the per-ISA files only.
+//
+// The panel is walked in chunks along the reduction: a chunk of B (64 columns, 24 KiB) stays in the first-level cache
+// while tiles of six rows pass over it; the sums wait in scratch memory between chunks. Each sum is one chain over the
+// reduction, so chunks, tiles and row blocks leave no trace in the result (performance.md 9.9).
+
+#include "common/cpu/tiles.h"
+#include "expert_linear/linear_items.h"
+
+namespace micro_kernels::cpu {
+namespace {
+
+constexpr int64_t kChunkBytes = 24 * 1024;
+template <class Mode>
+constexpr int64_t kChunk = kChunkBytes / (kPanel * int64_t{sizeof(typename Mode::Cell)});  // steps of the reduction
+
+// Gradients of weights: columns of x are packed once for all blocks of outputs, if there are not too many rows.
+constexpr int64_t kKeptChunks = 2;
+
+template <class Mode>
+struct PanelScratch {
+  using Acc = typename Mode::Acc;
+  using Cell = typename Mode::Cell;
+  Acc* sums;          // [kRowBlock, kPanel]
+  Acc* up_sums;       // the same, of the second matrix of a gated unit
+  Cell* b;            // [kKeptChunks, kGradientPanels, kChunk, kPanel]: one chunk, or those of a gradient's columns
+  Cell* a;            // [kRowBlock, kChunk]: rows that cannot be read as cells where they lie
+  const Cell** rows;  // [kRowBlock]
+  int64_t bytes;
+
+  explicit PanelScratch(char* base) {
+    int64_t used = 0;
+    const auto take = [&](int64_t size) {
+      char* piece = base ? base + used : nullptr;
+      used += round_up(size, 64);
+      return piece;
+    };
+    sums = reinterpret_cast<Acc*>(take(kRowBlock * kPanel * sizeof(Acc)));
+    up_sums = reinterpret_cast<Acc*>(take(kRowBlock * kPanel * sizeof(Acc)));
+    b = reinterpret_cast<Cell*>(take(kKeptChunks * kGradientPanels * kChunk<Mode> * kPanel * sizeof(Cell)));
+    a = reinterpret_cast<Cell*>(take(kRowBlock * kChunk<Mode> * sizeof(Cell)));
+    rows = reinterpret_cast<const Cell**>(take(kRowBlock * sizeof(Cell*)));
+    bytes = used;
+  }
+};
+
+// ---- product of rows with one chunk --------------------------------------------------------------------------------
+
+// sums[r][n] += sum over steps k of rows[r][k * step] * b[k][n], for kRows rows and kVectors vectors of columns.
+template <class Mode, int kRows, int kVectors, bool kAhead>
+inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, const typename Mode::Cell* b,
+                       int64_t steps, typename Mode::Acc* sums) {
+  using Acc = typename Mode::Acc;
+  using Cell = typename Mode::Cell;
+  constexpr int lanes = kLanes<Acc>;
+  Vec<Acc> sum[kRows][kVectors];
+  const Cell* row[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    row[i] = rows[i];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = load(sums + i * kPanel + j * lanes);
+  }
+  for (int64_t k = 0; k < steps; ++k, b += kPanel) {
+    Vec<Cell> column[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      column[j] = load(b + j * lanes);
+      if constexpr (kAhead) __builtin_prefetch(b + j * lanes + kChunk<Mode> * kPanel);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      Cell cell;
+      __builtin_memcpy(&cell, reinterpret_cast<const char*>(row[i] + k * step), sizeof(cell));
+      const Vec<Cell> a = broadcast<Cell>(cell);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = Mode::step(a, column[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) store(sums + i * kPanel + j * lanes, sum[i][j]);
+}
+
+template <class Mode, int kRows, bool kAhead>
+inline void chunk_rows(const typename Mode::Cell* const* rows, int64_t step, const typename Mode::Cell* b,
+                       int64_t steps, typename Mode::Acc* sums) {
+  constexpr int64_t strip = kTileVectors * kLanes<typename Mode::Acc>;
+  for (int64_t n = 0; n < kPanel; n += strip)
+    chunk_tile<Mode, kRows, kTileVectors, kAhead>(rows, step, b + n, steps, sums + n);
+}
+
+template <class Mode, bool kAhead>
+inline void last_rows(const typename Mode::Cell* const* rows, int64_t count, int64_t step, const typename Mode::Cell* b,
+                      int64_t steps, typename Mode::Acc* sums) {
+  switch (count) {
+    case 1:
+      return chunk_rows<Mode, 1, kAhead>(rows, step, b, steps, sums);
+    case 2:
+      return chunk_rows<Mode, 2, kAhead>(rows, step, b, steps, sums);
+    case 3:
+      return chunk_rows<Mode, 3, kAhead>(rows, step, b, steps, sums);
+    case 4:
+      return chunk_rows<Mode, 4, kAhead>(rows, step, b, steps, sums);
+    case 5:
+      return chunk_rows<Mode, 5, kAhead>(rows, step, b, steps, sums);
+    default:
+      return;
+  }
+}
+
+// ahead: fetch the chunk behind this one, which lies next to it in memory, while the first tile runs.
+template <class Mode>
+__attribute__((noinline)) void chunk_product(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
+                                             const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
+                                             bool ahead) {
+  if (ahead && count < kTileRows) return last_rows<Mode, true>(rows, count, step, b, steps, sums);
+  int64_t r = 0;
+  if (ahead) {
+    chunk_rows<Mode, kTileRows, true>(rows, step, b, steps, sums);
+    r = kTileRows;
+  }
+  for (; r + kTileRows <= count; r += kTileRows)
+    chunk_rows<Mode, kTileRows, false>(rows + r, step, b, steps, sums + r * kPanel);
+  last_rows<Mode, false>(rows + r, count - r, step, b, steps, sums + r * kPanel);
+}
+
+// ---- chunks of a weight matrix -------------------------------------------------------------------------------------
+
+// Whether a packed matrix can be read as cells where it lies: bfloat16 is stored in pairs.
+template <class Mode>
+constexpr bool kPackedAsCells = sizeof(typename Mode::T) * Mode::kPair == sizeof(typename Mode::Cell);
+
+// Integers and bfloat16 are packed in pairs along the reduction, [pairs, kPanel, 2]; other types [in, kPanel].
+template <class T>
+constexpr int64_t kStoredPair = sizeof(T) == 2 ? 2 : 1;
+
+inline Vec<float> widen_low(Vec<uint32_t> pairs) { return (Vec<float>)(pairs << 16); }
+inline Vec<float> widen_high(Vec<uint32_t> pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
+
+// Packed bfloat16 pairs to floats, for instruction sets that do not multiply pairs.
+inline void unpack_pairs(float* to, const uint16_t* pairs, int64_t steps) {
+  for (int64_t k = 0; k < steps; k += 2, pairs += 2 * kPanel)
+    for (int64_t n = 0; n < kPanel; n += kLanes<float>) {
+      Vec<uint32_t> v;
+      __builtin_memcpy(&v, pairs + 2 * n, sizeof(v));
+      store(to + k * kPanel + n, widen_low(v));
+      store(to + (k + 1) * kPanel + n, widen_high(v));
+    }
+}
+
+// Integers to cells. They are exact in every cell type.
+template <class Mode>
+inline void unpack_int8(typename Mode::Cell* to, const int8_t* pairs, int64_t steps) {
+  using Cell = typename Mode::Cell;
+  for (int64_t k = 0; k < steps * Mode::kPair; k += 2, pairs += 2 * kPanel)
+    for (int64_t n = 0; n < kPanel; ++n) {
+      if constexpr (Mode::kPair == 2) {
+        const uint32_t low = __builtin_bit_cast(uint32_t, static_cast<float>(pairs[2 * n])) >> 16;
+        const uint32_t high = __builtin_bit_cast(uint32_t, static_cast<float>(pairs[2 * n + 1])) & 0xffff0000u;
+        to[k / 2 * kPanel + n] = high | low;
+      } else {
+        to[k * kPanel + n] = static_cast<Cell>(pairs[2 * n]);
+        to[(k + 1) * kPanel + n] = static_cast<Cell>(pairs[2 * n + 1]);
+      }
+    }
+}
+
+// Columns [column, column + 64) of a matrix as chunks of cells [steps, kPanel].
+template <class Mode>
+struct WeightPanel {
+  using T = typename Mode::T;
+  using Cell = typename Mode::Cell;
+  const Matrix& matrix;
+  int64_t in, out, column;
+
+  int64_t steps() const { return round_up(in, Mode::kPair) / Mode::kPair; }
+  bool in_place() const { return matrix.format == WeightFormat::kPacked && kPackedAsCells<Mode>; }
+
+  // Where the first element of step k of this panel lies, in units of stored elements.
+  int64_t packed_at(int64_t k, int64_t pair) const { return column * round_up(in, pair) + k * Mode::kPair * kPanel; }
+
+  const Cell* chunk(int64_t k, int64_t count, Cell* scratch) const {
+    if (matrix.format == WeightFormat::kInt8) {
+      unpack_int8<Mode>(scratch, static_cast<const int8_t*>(matrix.data) + packed_at(k, 2), count);
+    } else if (matrix.format == WeightFormat::kPlain) {
+      pack_plain(scratch, k, count);
+    } else if constexpr (kPackedAsCells<Mode>) {
+      return reinterpret_cast<const Cell*>(static_cast<const T*>(matrix.data) + packed_at(k, kStoredPair<T>));
+    } else {
+      unpack_pairs(scratch, static_cast<const T*>(matrix.data) + packed_at(k, kStoredPair<T>), count);
+    }
+    return scratch;
+  }
+
+ private:
+  // Rows of the plain matrix are columns of the panel: 16 x 16 cells at a time are turned in registers.
+  void pack_plain(Cell* to, int64_t k, int64_t count) const {
+    constexpr int n = kLanes<Cell>;
+    const T* base = static_cast<const T*>(matrix.data) + column * in;
+    const int64_t columns = out - column < kPanel ? out - column : kPanel;
+    for (int64_t r = 0; r < kPanel; r += n) {
+      if (r >= columns) {
+        for (int64_t c = 0; c < count; ++c) store(to + c * kPanel + r, Vec<Cell>{});
+        continue;
+      }
+      const T* rows = base + r * in;
+      const int64_t there = columns - r < n ? columns - r : n;
+      for (int64_t c = 0; c < count; c += n) turn(to + c * kPanel + r, rows, there, (k + c) * Mode::kPair, count - c);
+    }
+  }
+
+  // Up to kLanes rows from element i of each: `count` steps at most are written.
+  void turn(Cell* to, const T* rows, int64_t there, int64_t i, int64_t count) const {
+    constexpr int n = kLanes<Cell>;
+    Vec<Cell> v[n];
+    if (there == n && i + n * Mode::kPair <= in) {
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) {
+        v[l] = load_cells<Mode>(rows + l * in + i, n * Mode::kPair);
+        __builtin_prefetch(rows + l * in + i + kChunk<Mode> * Mode::kPair);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l)
+        v[l] = l < there && i < in ? load_cells<Mode>(rows + l * in + i, in - i) : Vec<Cell>{};
+    }
+    transpose<Cell>(v);
+    if (count >= n) {
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) store(to + l * kPanel, v[l]);
+    } else {
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l)
+        if (l < count) store(to + l * kPanel, v[l]);
+    }
+  }
+};
+
+// ---- scales of integers ----
+
+template <class Acc>
+inline Vec<Acc> load_scales(const float* from, int64_t count) {
+  constexpr int n = kLanes<Acc>;
+  Acc part[n] = {};
+  for (int64_t i = 0; i < (count < n ? count : n); ++i) part[i] = static_cast<Acc>(from[i]);
+  return load(part);
+}
+
+// ---- rows of x as cells --------------------------------------------------------------------------------------------
+
+template <class T>
+inline const T* row_of(const ConstRows& rows, int64_t r) {
+  return static_cast<const T*>(rows.data) + (rows.index ? rows.index[r] : r) * rows.stride;
+}
+
+// Pointers to `count` rows of `length` elements from step k on: into the rows themselves where their elements already
+// are cells, else into converted copies.
+template <class Mode>
+inline void row_cells(const ConstRows& x, int64_t length, int64_t first, int64_t count, int64_t k, int64_t steps,
+                      const PanelScratch<Mode>& scratch) {
+  using T = typename Mode::T;
+  using Cell = typename Mode::Cell;
+  const bool direct = kPackedAsCells<Mode> && length % Mode::kPair == 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const T* row = row_of<T>(x, first + r) + k * Mode::kPair;
+    if (direct) {
+      scratch.rows[r] = reinterpret_cast<const Cell*>(row);
+    } else {
+      Cell* copy = scratch.a + r * kChunk<Mode>;
+      pack_row<Mode>(copy, row, length - k * Mode::kPair, round_up(steps, kLanes<Cell>));
+      scratch.rows[r] = copy;
+    }
+  }
+}
+
+template <class Acc>
+inline void clear(Acc* sums, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<Acc>) store(sums + i, Vec<Acc>{});
+}
+
+// ---- what happens to finished sums ---------------------------------------------------------------------------------
+
+template <class T>
+inline Vec<typename Stored<T>::Acc> rounded(Vec<typename Stored<T>::Acc> v) {
+  if constexpr (sizeof(T) == 2)
+    return (Vec<float>)(bfloat16_bits(v) << 16);
+  else
+    return v;
+}
+
+template <class Mode>
+inline void finish_row(const LinearPart& part, int64_t r, int64_t column, const typename Mode::Acc* sums,
+                       const typename Mode::Acc* up_sums) {
+  using T = typename Mode::T;
+  using Acc = typename Mode::Acc;
+  constexpr int lanes = kLanes<Acc>;
+  const int64_t end = part.out - column < kPanel ? part.out - column : kPanel;
+  const int64_t target = part.y.index ? part.y.index[r] : r;
+  T* y = static_cast<T*>(part.y.data) + target * part.y.stride + column;
+  const T* residual = part.residual.data ? row_of<T>(part.residual, r) + column : nullptr;
+  const Acc weight = part.scale.data ? static_cast<Acc>(load_wide(row_of<T>(part.scale, r), 1)[0]) : Acc(1);
+  for (int64_t n = 0; n < end; n += lanes) {
+    Vec<Acc> v = load(sums + n);
+    if (part.matrix.scales) v *= load_scales<Acc>(part.matrix.scales + column + n, end - n);
+    v = rounded<T>(v);
+    if (part.up.data) {
+      Vec<Acc> up = load(up_sums + n);
+      if (part.up.scales) up *= load_scales<Acc>(part.up.scales + column + n, end - n);
+      v = rounded<T>(v * sigmoid<Acc>(v) * rounded<T>(up));
+    }
+    if (residual) v = rounded<T>(load_wide(residual + n, end - n) + v);
+    if (part.scale.data) v = v * weight + Acc(0);  // + 0 as the sum over a token's experts begins
+    store_narrow(y + n, v, end - n);
+  }
+}
+
+template <class T, class Acc>
+inline void store_row(T* to, const Acc* sums, int64_t width) {
+  constexpr int lanes = kLanes<Acc>;
+  for (int64_t n = 0; n < width; n += lanes) store_narrow(to + n, load(sums + n), width - n);
+}
+
+// Steps [k, k + steps) of a matrix whose rows are the reduction, `count` rows in all, as cells [steps, stride]; columns
+// behind `width` are 0 up to a whole panel or vector.
+template <class Mode>
+inline void pack_matrix_rows(typename Mode::Cell* to, int64_t stride, const ConstRows& rows, int64_t k, int64_t steps,
+                             int64_t count, int64_t width) {
+  using T = typename Mode::T;
+  for (int64_t s = 0; s < steps; ++s, to += stride) {
+    const T* pair[Mode::kPair];
+    int64_t there = 0;
+    for (int64_t r = (k + s) * Mode::kPair; there < Mode::kPair && r < count; ++r) pair[there++] = row_of<T>(rows, r);
+    pack_rows<Mode>(to, stride, pair, there, width);
+  }
+}
+
+// ---- the three products --------------------------------------------------------------------------------------------
+
+template <class Mode>
+inline void panel_sums(const LinearPart& part, const Matrix& matrix, int64_t column, int64_t first, int64_t count,
+                       const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
+  const WeightPanel<Mode> panel{matrix, part.in, part.out, column};
+  const int64_t steps = panel.steps();
+  clear(sums, count * kPanel);
+  for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
+    const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
+    row_cells<Mode>(part.x, part.in, first, count, k, here, scratch);
+    const auto* b = panel.chunk(k, here, scratch.b);
+    chunk_product<Mode>(scratch.rows, count, 1, b, here, sums, panel.in_place());
+  }
+}
+
+template <class Mode>
+void forward_panel(const LinearPart& part, int64_t panel, char* memory) {
+  const PanelScratch<Mode> scratch(memory);
+  const int64_t column = panel * kPanel;
+  for (int64_t first = 0; first < part.rows; first += kRowBlock) {
+    const int64_t count = part.rows - first < kRowBlock ? part.rows - first : kRowBlock;
+    panel_sums<Mode>(part, part.matrix, column, first, count, scratch, scratch.sums);
+    if (part.up.data) panel_sums<Mode>(part, part.up, column, first, count, scratch, scratch.up_sums);
+    for (int64_t r = 0; r < count; ++r)
+      finish_row<Mode>(part, first + r, column, scratch.sums + r * kPanel, scratch.up_sums + r * kPanel);
+  }
+}
+
+// grad_x of columns [panel * 64, + 64): B is the weight matrix as it lies, two rows of it to a pair.
+template <class Mode>
+void grad_x_panel(const LinearGradXPart& part, int64_t panel, char* memory) {
+  using T = typename Mode::T;
+  const PanelScratch<Mode> scratch(memory);
+  const int64_t column = panel * kPanel;
+  const int64_t width = part.in - column < kPanel ? part.in - column : kPanel;
+  const int64_t steps = round_up(part.out, Mode::kPair) / Mode::kPair;
+  for (int64_t first = 0; first < part.rows; first += kRowBlock) {
+    const int64_t count = part.rows - first < kRowBlock ? part.rows - first : kRowBlock;
+    clear(scratch.sums, count * kPanel);
+    for (int64_t s = 0; s < part.source_count; ++s)
+      for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
+        const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
+        row_cells<Mode>(part.sources[s].grad_y, part.out, first, count, k, here, scratch);
+        const T* weight = static_cast<const T*>(part.sources[s].weight);
+        pack_matrix_rows<Mode>(scratch.b, kPanel, {weight + column, nullptr, part.in}, k, here, part.out, width);
+        chunk_product<Mode>(scratch.rows, count, 1, scratch.b, here, scratch.sums, false);
+      }
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t target = part.grad_x.index ? part.grad_x.index[first + r] : first + r;
+      T* to = static_cast<T*>(part.grad_x.data) + target * part.grad_x.stride + column;
+      store_row(to, scratch.sums + r * kPanel, width);
+    }
+  }
+}
+
+// One block of outputs and columns of a gradient: where its sums start from, and where they go.
+template <class Mode>
+struct WeightGradientBlock {
+  using T = typename Mode::T;
+  using Acc = typename Mode::Acc;
+  const LinearGradWeightPart& part;
+  int64_t output, outputs, column, width;
+
+  template <class Element>
+  Element* at(int64_t m) const {
+    return static_cast<Element*>(part.grad_weight) + (output + m) * part.in + column;
+  }
+  void start(Acc* sums) const {
+    clear(sums, outputs * kPanel);
+    if (!part.accumulate) return;
+    for (int64_t m = 0; m < outputs; ++m)
+      for (int64_t n = 0; n < width; n += kLanes<Acc>)
+        store(sums + m * kPanel + n, load_wide(at<Acc>(m) + n, width - n));
+  }
+  void finish(const Acc* sums) const {
+    for (int64_t m = 0; m < outputs; ++m)
+      part.accumulate ? store_row(at<Acc>(m), sums + m * kPanel, width) : store_row(at<T>(m), sums + m * kPanel, width);
+  }
+};
+
+// grad_weight of columns [group * 192, + 192): the reduction runs along the rows of x and grad_y.
+template <class Mode>
+void grad_weight_group(const LinearGradWeightPart& part, int64_t group, char* memory) {
+  using T = typename Mode::T;
+  using Cell = typename Mode::Cell;
+  const PanelScratch<Mode> scratch(memory);
+  const int64_t begin = group * kGradientPanels * kPanel;
+  const int64_t panels =
+      round_up(part.in - begin < kGradientPanels * kPanel ? part.in - begin : kGradientPanels * kPanel, kPanel) /
+      kPanel;
+  const int64_t steps = round_up(part.rows, Mode::kPair) / Mode::kPair;
+  const bool kept = steps <= kKeptChunks * kChunk<Mode>;
+  for (int64_t output = 0; output < part.out; output += kOutputBlock) {
+    const int64_t outputs = part.out - output < kOutputBlock ? part.out - output : kOutputBlock;
+    const auto block = [&](int64_t panel) {
+      const int64_t column = begin + panel * kPanel;
+      return WeightGradientBlock<Mode>{part, output, outputs, column,
+                                       part.in - column < kPanel ? part.in - column : kPanel};
+    };
+    const auto sums = [&](int64_t panel) { return scratch.sums + panel * kOutputBlock * kPanel; };
+    for (int64_t p = 0; p < panels; ++p) block(p).start(sums(p));
+    for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
+      const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
+      const ConstRows grad_y{static_cast<const T*>(part.grad_y.data) + output, part.grad_y.index, part.grad_y.stride};
+      pack_matrix_rows<Mode>(scratch.a, kOutputBlock, grad_y, k, here, part.rows, outputs);
+      for (int64_t m = 0; m < outputs; ++m) scratch.rows[m] = scratch.a + m;
+      for (int64_t p = 0; p < panels; ++p) {
+        Cell* b = scratch.b + ((kept ? k / kChunk<Mode> : 0) * kGradientPanels + p) * kChunk<Mode> * kPanel;
+        const int64_t column = begin + p * kPanel;
+        const ConstRows x{static_cast<const T*>(part.x.data) + column, part.x.index, part.x.stride};
+        if (!kept || output == 0) pack_matrix_rows<Mode>(b, kPanel, x, k, here, part.rows, block(p).width);
+        chunk_product<Mode>(scratch.rows, outputs, kOutputBlock, b, here, sums(p), false);
+      }
+    }
+    for (int64_t p = 0; p < panels; ++p) block(p).finish(sums(p));
+  }
+}
+
+template <class Mode>
+int64_t panel_scratch() {
+  return PanelScratch<Mode>(nullptr).bytes;
+}
+
+template <class Mode>
+constexpr LinearKernels kLinear{panel_scratch<Mode>, forward_panel<Mode>, grad_x_panel<Mode>, grad_weight_group<Mode>};
+
+}  // namespace
+}  // namespace micro_kernels::cpu
