@@ -169,8 +169,8 @@ inline Vec<float> load_bfloat16(const uint16_t* from) {
 // Round to nearest, ties to even, as BFloat16 of dtype.h. Returned in the low 16 bits of each lane.
 inline Vec<uint32_t> bfloat16_bits(Vec<float> v) {
   const Vec<uint32_t> word = (Vec<uint32_t>)v;
-  const Vec<uint32_t> rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  return (word & 0x7fffffffu) > 0x7f800000u ? (word >> 16) | 0x40u : rounded;
+  const Vec<uint32_t> rounded = word + 0x7fffu + ((word >> 16) & 1u);
+  return (v != v ? word | 0x400000u : rounded) >> 16;  // NaN stays NaN
 }
 
 inline void store_bfloat16(uint16_t* to, Vec<float> v) {
@@ -198,8 +198,46 @@ inline void exchange_rows(Vec<T>* rows) {
   }
 }
 
+#if defined(__AVX512F__)
+// 16 x 16 elements of four bytes: pairs, then fours inside the quarters of the registers, then the quarters. These
+// shuffles need no index registers and cost half of the general ones.
+template <class T>
+inline void transpose_words(Vec<T>* rows) {
+  __m512i pair[16], four[16], half[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    four[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
+    four[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
+    four[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
+    four[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm512_shuffle_i32x4(four[i], four[i + 4], 0x88);
+    half[i + 4] = _mm512_shuffle_i32x4(four[i], four[i + 4], 0xdd);
+    half[i + 8] = _mm512_shuffle_i32x4(four[i + 8], four[i + 12], 0x88);
+    half[i + 12] = _mm512_shuffle_i32x4(four[i + 8], four[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (Vec<T>)_mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
+    rows[i + 4] = (Vec<T>)_mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
+    rows[i + 8] = (Vec<T>)_mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
+    rows[i + 12] = (Vec<T>)_mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
+  }
+}
+#endif
+
 template <class T>
 inline void transpose(Vec<T>* rows) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return transpose_words<T>(rows);
+#endif
   exchange_rows<1, T>(rows);
 }
 
