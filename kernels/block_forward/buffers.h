@@ -1,0 +1,132 @@
+#pragma once
+// The working memory of one call: every array that the steps of a layer hand to each other. The same code measures it
+// and hands it out.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "micro_kernels/block_forward.h"
+
+namespace micro_kernels::cpu {
+
+constexpr int64_t kLateRows = 256;  // keys that a lazy cache makes at once, at least
+
+inline int64_t element_bytes(DType dtype) {
+  return dispatch(dtype, []<class T>() { return static_cast<int64_t>(sizeof(T)); });
+}
+inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+inline DType accumulator_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+
+// Sizes that follow from the parameters.
+struct Sizes {
+  int64_t tokens, pairs, queries, key_experts, key_rows;
+  int64_t query_width, key_width;  // A D, G D
+
+  explicit Sizes(const BlockForwardParams& p)
+      : tokens(p.batch * p.slots),
+        pairs(tokens * p.route.k),
+        queries(p.shape.whole_block ? pairs : tokens),
+        key_experts(p.shape.whole_block ? p.shape.experts : 1),
+        key_rows(std::max(key_experts * tokens, p.cache.x ? kLateRows : 0)),
+        query_width(p.shape.heads * p.shape.head_dim),
+        key_width(p.shape.groups * p.shape.head_dim) {}
+};
+
+// Pieces of 64-byte aligned memory, one behind the other. With base nullptr it only counts.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+
+  template <class T = char>
+  T* take(int64_t count, int64_t bytes = sizeof(T)) {
+    const int64_t at = used_;
+    used_ += (count * bytes + 63) / 64 * 64;
+    peak_ = std::max(peak_, used_);
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  int64_t used() const { return used_; }
+  void rewind(int64_t used) { used_ = used; }
+  int64_t peak() const { return peak_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0, peak_ = 0;
+};
+
+// Rows whose keys and values are made together, grouped by expert.
+struct KeyRows {
+  int32_t* source;    // row of the (normalised) input
+  int32_t* expert;    //
+  int32_t* batch;     // where they go
+  int32_t* slot;      //
+  int32_t* position;  // of the rotary tables
+  int32_t* offsets;   // [key experts + 1]
+};
+
+struct Buffers {
+  // The decision.
+  char *router_mid, *logits, *wide_x, *wide_weights;
+  // The plan of the routed pairs, and that of an attention that all tokens share.
+  int32_t *tokens, *experts, *offsets, *inverse, *everyone, *whole;
+  // Queries.
+  int32_t *query_source, *query_position;
+  char *rotated, *attention, *logsumexp;
+  KeyRows keys;
+  int32_t* first_late;  // [B, E] row of the list at which a row's keys of this call begin
+  char *own_k, *own_v;  // where there is no cache
+  char *ones, *inverse_rms;
+  char* u;  // behind attention
+  // Only until the attention, and only behind it.
+  char *normed_x, *k, *k_other, *v, *q;
+  char *normed, *inner, *out, *mixture;
+
+  // What goes into the feed-forward part, and with FFN experts into the router.
+  const char* feed_forward_input(const BlockShape& s) const { return s.post_norm ? u : normed; }
+
+  Buffers(const BlockForwardParams& p, Arena& arena) {
+    const Sizes size(p);
+    const BlockShape& s = p.shape;
+    const int64_t wide = accumulator_bytes(s.dtype), narrow = element_bytes(s.dtype);
+    const auto elements = [&](int64_t count) { return arena.take(count, narrow); };
+    const auto integers = [&](int64_t count) { return arena.take<int32_t>(count); };
+    const bool converts = s.router_hidden == 0 && s.dtype == DType::kBFloat16;
+    router_mid = elements(size.tokens * s.router_hidden);
+    logits = arena.take(size.tokens * s.experts, wide);
+    wide_x = arena.take(converts ? size.tokens * s.hidden : 0, wide);
+    wide_weights = arena.take(converts ? size.pairs : 0, wide);
+    tokens = integers(size.pairs);
+    experts = integers(size.pairs);
+    offsets = integers(s.experts + 1);
+    inverse = integers(size.pairs);
+    everyone = integers(s.whole_block ? 0 : size.tokens);
+    whole = integers(2);
+    query_source = integers(size.queries);
+    query_position = integers(size.queries);
+    rotated = elements(size.queries * size.query_width);
+    attention = elements(size.queries * size.query_width);
+    logsumexp = arena.take(size.queries * s.heads, wide);
+    keys = {integers(size.key_rows), integers(size.key_rows), integers(size.key_rows),
+            integers(size.key_rows), integers(size.key_rows), integers(size.key_experts + 1)};
+    first_late = integers(p.cache.x ? p.batch * s.experts : 0);
+    const int64_t own = p.cache.k ? 0 : size.key_experts * size.tokens * size.key_width;
+    own_k = elements(own);
+    own_v = elements(own);
+    ones = elements(s.hidden);
+    inverse_rms = arena.take(std::max(size.pairs, size.key_rows), wide);
+    u = elements(size.queries * s.hidden);
+
+    const int64_t phase = arena.used();
+    normed_x = elements(s.post_norm ? 0 : size.key_rows * s.hidden);
+    k = elements(size.key_rows * size.key_width);
+    k_other = elements(size.key_rows * size.key_width);
+    v = elements(size.key_rows * size.key_width);
+    q = elements(size.queries * size.query_width);
+    arena.rewind(phase);
+    normed = elements(size.queries * s.hidden);
+    inner = elements(size.pairs * s.inner);
+    out = elements(size.pairs * s.hidden);
+    mixture = elements(s.whole_block ? 0 : size.tokens * s.hidden);
+  }
+};
+
+}  // namespace micro_kernels::cpu
