@@ -199,36 +199,52 @@ inline void exchange_rows(Vec<T>* rows) {
 }
 
 #if defined(__AVX512F__)
+// Of each quarter of the registers the lower or upper half, elements or pairs of a and b in turn.
+template <int kWidth, int kUpper, class V, size_t... lane>
+inline V interleave(V a, V b, std::index_sequence<lane...>) {
+  return __builtin_shufflevector(
+      a, b,
+      (lane / 4 * 4 + lane % 4 / (2 * kWidth) * kWidth + lane % kWidth + 2 * kUpper + (lane & kWidth ? 16 : 0))...);
+}
+
+// Every other quarter of a, and of b behind them.
+template <int kOdd, class V, size_t... lane>
+inline V quarters(V a, V b, std::index_sequence<lane...>) {
+  return __builtin_shufflevector(a, b, (lane / 4 * 8 + 4 * kOdd + lane % 4)...);
+}
+
 // 16 x 16 elements of four bytes: pairs, then fours inside the quarters of the registers, then the quarters. These
-// shuffles need no index registers and cost half of the general ones.
+// shuffles need no index registers and cost half of the general ones. (No intrinsics: those of GCC 12 warn.)
 template <class T>
 inline void transpose_words(Vec<T>* rows) {
-  __m512i pair[16], four[16], half[16];
+  using V = Vec<T>;
+  constexpr std::make_index_sequence<16> lanes;
+  V pair[16], four[16], half[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
-    pair[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-    pair[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    pair[i] = interleave<1, 0>(rows[i], rows[i + 1], lanes);
+    pair[i + 1] = interleave<1, 1>(rows[i], rows[i + 1], lanes);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
-    four[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
-    four[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
-    four[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
-    four[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
+    four[i] = interleave<2, 0>(pair[i], pair[i + 2], lanes);
+    four[i + 1] = interleave<2, 1>(pair[i], pair[i + 2], lanes);
+    four[i + 2] = interleave<2, 0>(pair[i + 1], pair[i + 3], lanes);
+    four[i + 3] = interleave<2, 1>(pair[i + 1], pair[i + 3], lanes);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    half[i] = _mm512_shuffle_i32x4(four[i], four[i + 4], 0x88);
-    half[i + 4] = _mm512_shuffle_i32x4(four[i], four[i + 4], 0xdd);
-    half[i + 8] = _mm512_shuffle_i32x4(four[i + 8], four[i + 12], 0x88);
-    half[i + 12] = _mm512_shuffle_i32x4(four[i + 8], four[i + 12], 0xdd);
+    half[i] = quarters<0>(four[i], four[i + 4], lanes);
+    half[i + 4] = quarters<1>(four[i], four[i + 4], lanes);
+    half[i + 8] = quarters<0>(four[i + 8], four[i + 12], lanes);
+    half[i + 12] = quarters<1>(four[i + 8], four[i + 12], lanes);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    rows[i] = (Vec<T>)_mm512_shuffle_i32x4(half[i], half[i + 8], 0x88);
-    rows[i + 4] = (Vec<T>)_mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0x88);
-    rows[i + 8] = (Vec<T>)_mm512_shuffle_i32x4(half[i], half[i + 8], 0xdd);
-    rows[i + 12] = (Vec<T>)_mm512_shuffle_i32x4(half[i + 4], half[i + 12], 0xdd);
+    rows[i] = quarters<0>(half[i], half[i + 8], lanes);
+    rows[i + 4] = quarters<0>(half[i + 4], half[i + 12], lanes);
+    rows[i + 8] = quarters<1>(half[i], half[i + 8], lanes);
+    rows[i + 12] = quarters<1>(half[i + 4], half[i + 12], lanes);
   }
 }
 #endif
