@@ -201,6 +201,8 @@ struct WeightPanel {
     constexpr int n = kLanes<Cell>;
     const T* base = static_cast<const T*>(matrix.data) + column * in;
     const int64_t columns = out - column < kPanel ? out - column : kPanel;
+    // The next chunk of the same rows, or, behind the last one, the first of the next panel's rows.
+    const int64_t next = (k + count) * Mode::kPair < in ? count * Mode::kPair : kPanel * in - k * Mode::kPair;
     for (int64_t r = 0; r < kPanel; r += n) {
       if (r >= columns) {
         for (int64_t c = 0; c < count; ++c) store(to + c * kPanel + r, Vec<Cell>{});
@@ -208,19 +210,20 @@ struct WeightPanel {
       }
       const T* rows = base + r * in;
       const int64_t there = columns - r < n ? columns - r : n;
-      for (int64_t c = 0; c < count; c += n) turn(to + c * kPanel + r, rows, there, (k + c) * Mode::kPair, count - c);
+      for (int64_t c = 0; c < count; c += n)
+        turn(to + c * kPanel + r, rows, there, (k + c) * Mode::kPair, count - c, next);
     }
   }
 
-  // Up to kLanes rows from element i of each: `count` steps at most are written.
-  void turn(Cell* to, const T* rows, int64_t there, int64_t i, int64_t count) const {
+  // Up to kLanes rows from element i of each: `count` steps at most are written. What lies `ahead` is fetched.
+  void turn(Cell* to, const T* rows, int64_t there, int64_t i, int64_t count, int64_t ahead) const {
     constexpr int n = kLanes<Cell>;
     Vec<Cell> v[n];
     if (there == n && i + n * Mode::kPair <= in) {
 #pragma GCC unroll 16
       for (int l = 0; l < n; ++l) {
         v[l] = load_cells<Mode>(rows + l * in + i, n * Mode::kPair);
-        __builtin_prefetch(rows + l * in + i + kChunk<Mode> * Mode::kPair);
+        __builtin_prefetch(rows + l * in + i + ahead);
       }
     } else {
 #pragma GCC unroll 16
@@ -279,6 +282,84 @@ inline void row_cells(const ConstRows& x, int64_t length, int64_t first, int64_t
 template <class Acc>
 inline void clear(Acc* sums, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<Acc>) store(sums + i, Vec<Acc>{});
+}
+
+// ---- few rows against a plain matrix -------------------------------------------------------------------------------
+// Bound by the weights' bytes: blocks of the matrix are turned in registers and used at once, without a detour through
+// memory, and what the next strip of columns needs is fetched as one stream.
+
+constexpr int kFewRows = 5;
+template <class Mode>
+constexpr int64_t kFewSteps = kRowBlock* kChunk<Mode> / kFewRows - kLanes<typename Mode::Cell>;  // that scratch holds
+constexpr int kStripGroups = kVectorBytes == 64 ? 2 : 1;  // of kLanes columns: two chains of sums per row hide latency
+
+template <class Mode, int kRows>
+inline void strip_sums(const typename Mode::T* weight, int64_t in, int64_t columns, const typename Mode::Cell* x,
+                       int64_t x_stride, typename Mode::Acc* sums) {
+  using Acc = typename Mode::Acc;
+  using Cell = typename Mode::Cell;
+  constexpr int n = kLanes<Cell>;
+  constexpr int64_t wide = n * Mode::kPair;
+  Vec<Acc> sum[kStripGroups][kRows] = {};
+  const typename Mode::T* ahead = weight + kStripGroups * n * in;
+  for (int64_t i = 0; i < in; i += wide, x += n)
+#pragma GCC unroll 2
+    for (int g = 0; g < kStripGroups; ++g, ahead += n * wide) {
+      const typename Mode::T* rows = weight + g * n * in + i;
+      const int64_t there = columns - g * n;
+      Vec<Cell> v[n];
+      if (there >= n && i + wide <= in) {
+#pragma GCC unroll 16
+        for (int l = 0; l < n; ++l) {
+          v[l] = load_cells<Mode>(rows + l * in, wide);
+          __builtin_prefetch(ahead + l * wide);
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int l = 0; l < n; ++l) v[l] = l < there ? load_cells<Mode>(rows + l * in, in - i) : Vec<Cell>{};
+      }
+      transpose<Cell>(v);
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l)
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[g][r] = Mode::step(broadcast<Cell>(x[r * x_stride + l]), v[l], sum[g][r]);
+    }
+#pragma GCC unroll 2
+  for (int g = 0; g < kStripGroups; ++g)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) store(sums + r * kPanel + g * n, sum[g][r]);
+}
+
+// sums [count, kPanel] of rows [first, first + count) with the panel at `column`; x is copied with zeros behind its
+// end.
+template <class Mode>
+inline void few_sums(const LinearPart& part, const Matrix& matrix, int64_t column, int64_t first, int64_t count,
+                     const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
+  using T = typename Mode::T;
+  constexpr int64_t lanes = kLanes<typename Mode::Cell>;
+  const int64_t stride = round_up(part.in, lanes * Mode::kPair) / Mode::kPair;
+  for (int64_t r = 0; r < count; ++r)
+    pack_row<Mode>(scratch.a + r * stride, row_of<T>(part.x, first + r), part.in, stride);
+  for (int64_t n = 0; n < kPanel && column + n < part.out; n += kStripGroups * lanes) {
+    const T* weight = static_cast<const T*>(matrix.data) + (column + n) * part.in;
+    const int64_t columns = part.out - column - n;
+    switch (count) {
+      case 1:
+        strip_sums<Mode, 1>(weight, part.in, columns, scratch.a, stride, sums + n);
+        break;
+      case 2:
+        strip_sums<Mode, 2>(weight, part.in, columns, scratch.a, stride, sums + n);
+        break;
+      case 3:
+        strip_sums<Mode, 3>(weight, part.in, columns, scratch.a, stride, sums + n);
+        break;
+      case 4:
+        strip_sums<Mode, 4>(weight, part.in, columns, scratch.a, stride, sums + n);
+        break;
+      default:
+        strip_sums<Mode, 5>(weight, part.in, columns, scratch.a, stride, sums + n);
+    }
+  }
 }
 
 // ---- what happens to finished sums ---------------------------------------------------------------------------------
@@ -344,6 +425,8 @@ inline void panel_sums(const LinearPart& part, const Matrix& matrix, int64_t col
                        const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
   const WeightPanel<Mode> panel{matrix, part.in, part.out, column};
   const int64_t steps = panel.steps();
+  if (matrix.format == WeightFormat::kPlain && count <= kFewRows && steps <= kFewSteps<Mode>)
+    return few_sums<Mode>(part, matrix, column, first, count, scratch, sums);
   clear(sums, count * kPanel);
   for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
     const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;

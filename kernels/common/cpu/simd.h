@@ -199,12 +199,21 @@ inline void exchange_rows(Vec<T>* rows) {
 }
 
 #if defined(__AVX512F__)
-// Of each quarter of the registers the lower or upper half, elements or pairs of a and b in turn.
-template <int kWidth, int kUpper, class V, size_t... lane>
+// Of each quarter of the registers the lower or upper half, elements of a and b in turn. V has 16 or 8 elements: with
+// the narrowest type that fits, each of these is one instruction.
+template <int kUpper, class V, size_t... lane>
 inline V interleave(V a, V b, std::index_sequence<lane...>) {
+  constexpr int n = sizeof...(lane), quarter = n / 4;
   return __builtin_shufflevector(
-      a, b,
-      (lane / 4 * 4 + lane % 4 / (2 * kWidth) * kWidth + lane % kWidth + 2 * kUpper + (lane & kWidth ? 16 : 0))...);
+      a, b, (lane / quarter * quarter + lane % quarter / 2 + kUpper * quarter / 2 + (lane % 2 ? n : 0))...);
+}
+template <int kUpper, class V>
+inline V interleave_elements(V a, V b) {
+  return interleave<kUpper>(a, b, std::make_index_sequence<16>());
+}
+template <int kUpper, class V>
+inline V interleave_pairs(V a, V b) {
+  return (V)interleave<kUpper>((Vec<uint64_t>)a, (Vec<uint64_t>)b, std::make_index_sequence<8>());
 }
 
 // Every other quarter of a, and of b behind them.
@@ -222,15 +231,15 @@ inline void transpose_words(Vec<T>* rows) {
   V pair[16], four[16], half[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
-    pair[i] = interleave<1, 0>(rows[i], rows[i + 1], lanes);
-    pair[i + 1] = interleave<1, 1>(rows[i], rows[i + 1], lanes);
+    pair[i] = interleave_elements<0>(rows[i], rows[i + 1]);
+    pair[i + 1] = interleave_elements<1>(rows[i], rows[i + 1]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
-    four[i] = interleave<2, 0>(pair[i], pair[i + 2], lanes);
-    four[i + 1] = interleave<2, 1>(pair[i], pair[i + 2], lanes);
-    four[i + 2] = interleave<2, 0>(pair[i + 1], pair[i + 3], lanes);
-    four[i + 3] = interleave<2, 1>(pair[i + 1], pair[i + 3], lanes);
+    four[i] = interleave_pairs<0>(pair[i], pair[i + 2]);
+    four[i + 1] = interleave_pairs<1>(pair[i], pair[i + 2]);
+    four[i + 2] = interleave_pairs<0>(pair[i + 1], pair[i + 3]);
+    four[i + 3] = interleave_pairs<1>(pair[i + 1], pair[i + 3]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
