@@ -2,13 +2,45 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from os import PathLike
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 def build_info() -> dict[str, Any]:
     """What libmicro is and which instruction set it chose."""
+
+# ---- csrc/include/micro/checkpoint.h --------------------------------------------------------------------------------
+
+class Checkpoint:
+    """A model folder as C++ programs read it, for inspection. Read-only."""
+
+    @staticmethod
+    def open(folder: str | PathLike[str]) -> Checkpoint:
+        """Map a folder that save_pretrained wrote; ValueError names file, tensor and what was expected."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def bytes(self) -> int: ...
+    def names(self) -> list[str]:
+        """The official names of all tensors, sorted."""
+
+    def contains(self, name: str) -> bool: ...
+    def tensor(self, name: str) -> Tensor:
+        """A copy of one tensor, by its official name."""
+
+    def embed_tokens(self) -> Tensor: ...
+    def final_norm(self) -> Tensor: ...
+    def lm_head(self) -> Tensor:
+        """The embedding where the head is tied."""
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """Copies of one layer's tensors, by their names in memory."""
 
 # ---- csrc/include/micro/curriculum.h --------------------------------------------------------------------------------
 

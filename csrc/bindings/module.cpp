@@ -35,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = MICRO_VERSION;
   py::register_local_exception_translator(translate);
   bind_build_info(m);
+  bind_checkpoint(m);
   bind_curriculum(m);
   bind_spans(m);
 }

@@ -7,5 +7,6 @@ namespace py = pybind11;
 
 // bindings/<name>.cpp defines bind_<name>; module.cpp calls them.
 void bind_build_info(py::module_& m);
+void bind_checkpoint(py::module_& m);
 void bind_curriculum(py::module_& m);
 void bind_spans(py::module_& m);

@@ -48,4 +48,9 @@ struct ModelConfig {
   bool is_block() const { return block_type == BlockKind::kBlock; }
 };
 
+// The words of config.json.
+const char* name(Backbone value);
+const char* name(Numerics value);
+const char* name(WeightRule value);
+
 }  // namespace micro
