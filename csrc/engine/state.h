@@ -1,0 +1,59 @@
+#pragma once
+// What an Engine holds. Nothing of it is shared between engines.
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "engine/cache.h"
+#include "engine/forward.h"
+#include "engine/trace.h"
+#include "engine/weights.h"
+#include "micro/engine.h"
+
+namespace micro::engine {
+
+struct State {
+  State(ModelConfig model, const EngineOptions& options, at::ScalarType stored, const ModelTensors& tensors,
+        const Weights::Layers& layers);
+
+  at::ScalarType accumulator() const { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+  int64_t experts_per_token(int64_t asked) const;
+  void check_ids(const std::vector<std::vector<int64_t>>& rows) const;
+  std::unique_ptr<TraceRecorder> recorder(bool wanted, int64_t rows, int64_t k) const;
+
+  // Reads tokens of all rows, `chunk` columns at a time; between chunks `step` is called, which may return true to
+  // end. Writes the logits of each row's last token, or of all tokens, to `logits`.
+  struct Reading {
+    const std::vector<std::vector<int64_t>>& tokens;
+    const PreparedControls& controls;
+    int64_t k, chunk;
+    bool all_logits;
+    TraceRecorder* trace;
+    std::function<bool()> step;
+  };
+  bool read(const Reading& reading, at::Tensor& logits);
+
+  ModelConfig config;
+  Numerics numerics;
+  at::ScalarType dtype;
+  int64_t max_length;
+  Weights weights;
+  Forward forward;
+  Cache cache;
+  std::atomic<bool> busy{false}, cancelled{false};
+};
+
+// One caller at a time.
+class Turn {
+ public:
+  explicit Turn(std::atomic<bool>& busy);
+  ~Turn() { busy_.store(false); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
+}  // namespace micro::engine
