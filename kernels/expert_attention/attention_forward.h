@@ -1,7 +1,7 @@
 #pragma once
 // Forward of one item: softmax with running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022).
 
-#include "expert_attention/attention_tiles.h"
+#include "expert_attention/attention_few_rows.h"
 
 namespace micro_kernels::cpu {
 namespace {
@@ -103,11 +103,9 @@ struct ForwardItem {
     for (int64_t i = 0; i < rows; ++i) buffer.maximum[i] = kHidden<Acc>;
   }
 
-  void visit(const KeyBlock<T>& block, int64_t begin, int64_t end) const {
-    const int64_t first = (begin - item.begin) * z.heads, rows = (end - begin) * z.heads;
-    product<Mode>({buffer.q + first * z.step_width, z.step_width, 1, buffer.keys, kKeyBlock, buffer.scores, kKeyBlock,
-                   z.steps, false, nullptr},
-                  rows, kKeyBlock);
+  // Scores of a tile to weights, and what its sums so far must be multiplied with.
+  void weigh(const KeyBlock<T>& block, int64_t begin, int64_t end) const {
+    const int64_t first = (begin - item.begin) * z.heads;
     for (int64_t n = begin, r = 0; n < end; ++n) {
       const Acc* bias = buffer.bias.at(sees, n - begin, n, block.first, block.has_hidden);
       for (int64_t h = 0; h < z.heads; ++h, ++r)
@@ -115,9 +113,42 @@ struct ForwardItem {
                                              buffer.maximum + first + r, buffer.sum + (first + r) * kLanes<Acc>,
                                              buffer.weights + r * kKeyBlock / Mode::kPair);
     }
+  }
+
+  // Columns behind the last key that any query sees are neither packed nor multiplied: their scores are hidden.
+  void visit(const KeyBlock<T>& block, int64_t begin, int64_t end) const {
+    const int64_t first = (begin - item.begin) * z.heads, rows = (end - begin) * z.heads;
+    product<Mode>({buffer.q + first * z.step_width, z.step_width, 1, buffer.keys, kKeyBlock, buffer.scores, kKeyBlock,
+                   z.steps, false, nullptr},
+                  rows, round_up(block.count, kLanes<Acc>));
+    weigh(block, begin, end);
     product<Mode>({buffer.weights, kKeyBlock / Mode::kPair, 1, buffer.values, z.width, buffer.out + first * z.width,
                    z.width, round_up(block.count, Mode::kPair) / Mode::kPair, true, buffer.factor},
                   rows, z.width);
+  }
+
+  void visit_packed(const KeyBlock<T>& block) const {
+    pack_columns<Mode>(buffer.keys, kKeyBlock, block.keys, block.count, p.shape.head_dim);
+    pack_rows<Mode>(buffer.values, z.width, block.values, block.count, p.shape.head_dim);
+    for (int64_t begin = item.begin; begin < item.end; begin += z.positions) {
+      const int64_t end = begin + z.positions < item.end ? begin + z.positions : item.end;
+      if (sees.largest_limit(begin, end) > block.first) visit(block, begin, end);
+    }
+  }
+
+  // The whole item is one tile.
+  void visit_few(const KeyBlock<T>& block, bool last) const {
+    const auto ahead = [last](int64_t step) { return last ? 0 : kKeyBlock * step * int64_t{sizeof(T)}; };
+    const FewRows<Mode> few{block, z.steps, z.width, ahead(p.k_strides.key), ahead(p.v_strides.key)};
+    const int64_t rows = (item.end - item.begin) * z.heads;
+    each_few(rows, [&]<int kRows>(int64_t r) {
+      few_scores<Mode, kRows>(few, buffer.q + r * z.step_width, buffer.scores + r * kKeyBlock);
+    });
+    weigh(block, item.begin, item.end);
+    each_few(rows, [&]<int kRows>(int64_t r) {
+      few_outputs<Mode, kRows>(few, buffer.weights + r * kKeyBlock / Mode::kPair, buffer.factor + r,
+                               buffer.out + r * z.width);
+    });
   }
 
   void finish() const {
@@ -127,8 +158,9 @@ struct ForwardItem {
         const Acc sum = sum_lanes<Acc>(load(buffer.sum + r * kLanes<Acc>));
         const Acc divisor = sum == 0 ? Acc(1) : sum;  // nothing seen: 0 / 1
         T* out = static_cast<T*>(p.out) + at + h * p.shape.head_dim;
+        // + 0: bfloat16 products flush to -0, and only there would a hidden key, which adds 0, show.
         for (int64_t d = 0; d < p.shape.head_dim; d += kLanes<Acc>)
-          store_narrow(out + d, load(buffer.out + r * z.width + d) / divisor, p.shape.head_dim - d);
+          store_narrow(out + d, load(buffer.out + r * z.width + d) / divisor + Acc(0), p.shape.head_dim - d);
         static_cast<Acc*>(p.logsumexp)[at / p.shape.head_dim + h] =
             sum == 0 ? kHidden<Acc> : buffer.maximum[r] + static_cast<Acc>(__builtin_log(sum));
       }
@@ -140,15 +172,14 @@ struct ForwardItem {
     const T* k = head_rows<T>(p.k, p.k_strides, item);
     const T* v = head_rows<T>(p.v, p.v_strides, item);
     const int64_t limit = sees.largest_limit(item.begin, item.end);
+    const bool few = few_rows_fit(z, (item.end - item.begin) * z.heads);
     for (int64_t j0 = 0; j0 < limit; j0 += kKeyBlock) {
       const KeyBlock<T> block(sees, k, p.k_strides.key, v, p.v_strides.key, j0, limit);
       if (block.empty) continue;
-      pack_columns<Mode>(buffer.keys, kKeyBlock, block.keys, kKeyBlock, p.shape.head_dim);
-      pack_rows<Mode>(buffer.values, z.width, block.values, block.count, p.shape.head_dim);
-      for (int64_t begin = item.begin; begin < item.end; begin += z.positions) {
-        const int64_t end = begin + z.positions < item.end ? begin + z.positions : item.end;
-        if (sees.largest_limit(begin, end) > j0) visit(block, begin, end);
-      }
+      if (few && block.whole())
+        visit_few(block, j0 + kKeyBlock >= limit);
+      else
+        visit_packed(block);
     }
     finish();
   }

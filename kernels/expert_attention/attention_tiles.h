@@ -41,8 +41,8 @@ struct TileSizes {
   int64_t width;       // head size up to a whole number of vectors
   TileSizes(const ExpertAttentionShape& s, int64_t item_positions)
       : heads(s.heads / s.groups),
-        positions(tile_positions(heads)),
-        tiles((item_positions + positions - 1) / positions),
+        positions(item_positions < tile_positions(heads) ? item_positions : tile_positions(heads)),
+        tiles(item_positions == 0 ? 0 : (item_positions + positions - 1) / positions),
         rows(round_up(positions * heads, Mode::kPair)),
         steps(s.head_dim / Mode::kPair),
         step_width(round_up(steps, kLanes<typename Mode::Cell>)),
@@ -108,6 +108,9 @@ struct KeyBlock {
   int64_t count;    // slots of the block below the item's limit
   bool has_hidden;  // a slot below the limit is not real
   bool empty;       // no slot is real
+
+  // Every slot of it can be read.
+  bool whole() const { return count == kKeyBlock && !has_hidden; }
 
   template <class Acc>
   KeyBlock(const Visibility<Acc>& sees, const T* k, int64_t k_step, const T* v, int64_t v_step, int64_t j0,

@@ -7,10 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "elements.h"
 #include "micro_kernels/isa.h"
 
 namespace micro_kernels {
@@ -351,6 +354,80 @@ TEST(ExpertAttention, AStartBehindTheKeysIsRefused) {
   EXPECT_EQ(run_from({4, 0}), Status::kOk);
   EXPECT_EQ(run_from({4, 5}), Status::kIndexOutOfRange);
   EXPECT_EQ(run_from({-1, 0}), Status::kIndexOutOfRange);
+}
+
+// ---- however many tokens come at once, and in whatever call, a token's bits are the same ---------------------------
+
+template <class T>
+struct AttentionInPieces : testing::Test {
+  using Acc = accumulator_t<T>;
+  static constexpr int64_t kTokens = 140, kGroups = 2;
+
+  struct Inputs {
+    int64_t heads, head_dim;
+    AttentionMask mask;
+    std::vector<T> q = random_elements<T>(kTokens * heads * head_dim, 1);
+    std::vector<T> k = random_elements<T>(kTokens * kGroups * head_dim, 2);
+    std::vector<T> v = random_elements<T>(kTokens * kGroups * head_dim, 3);
+    std::vector<Acc> bias = random_elements<Acc>(kTokens * kTokens, 4);
+    std::vector<uint8_t> real = std::vector<uint8_t>(kTokens, 1);
+  };
+
+  // Tokens `count` at a time. The keys lie as a projection leaves them, [J, G, D].
+  static std::pair<std::vector<T>, std::vector<Acc>> run(const Inputs& x, int64_t count) {
+    const int64_t row = x.heads * x.head_dim;
+    std::vector<T> out(x.q.size());
+    std::vector<Acc> logsumexp(kTokens * x.heads);
+    for (int64_t first = 0; first < kTokens; first += count) {
+      const int64_t slots = std::min(count, kTokens - first);
+      std::vector<int32_t> tokens(slots);
+      std::iota(tokens.begin(), tokens.end(), 0);
+      const int32_t offsets[] = {0, static_cast<int32_t>(slots)};
+      const bool pairwise = x.mask == AttentionMask::kBias;
+      const ExpertAttentionShape shape{
+          .tokens = tokens.data(),
+          .offsets = offsets,
+          .mask = pairwise ? static_cast<const void*>(x.bias.data() + first * kTokens) : x.real.data(),
+          .mask_kind = x.mask,
+          .masks = 1,
+          .rows = slots,
+          .heads = x.heads,
+          .groups = kGroups,
+          .head_dim = x.head_dim,
+          .batch = 1,
+          .experts = 1,
+          .slots = slots,
+          .keys = kTokens,
+          .start = first,
+          .starts = nullptr,
+          .scale = 0.2,
+          .dtype = kDTypeOf<T>};
+      const HeadStrides strides{0, 0, x.head_dim, kGroups * x.head_dim};
+      EXPECT_EQ(cpu::expert_attention({shape, x.q.data() + first * row, x.k.data(), x.v.data(), strides, strides,
+                                       out.data() + first * row, logsumexp.data() + first * x.heads},
+                                      serial),
+                Status::kOk);
+    }
+    return {out, logsumexp};
+  }
+};
+TYPED_TEST_SUITE(AttentionInPieces, ElementTypes);
+
+TYPED_TEST(AttentionInPieces, ATokenKeepsItsBits) {
+  for (int64_t heads : {2, 6, 10, 16})
+    for (int64_t head_dim : {8, 40, 64, 96})
+      for (AttentionMask mask : {AttentionMask::kNone, AttentionMask::kKeys, AttentionMask::kBias}) {
+        SCOPED_TRACE(testing::Message() << heads << " heads of " << head_dim << ", mask " << static_cast<int>(mask));
+        typename TestFixture::Inputs x{heads, head_dim, mask};
+        if (mask == AttentionMask::kKeys) std::fill_n(x.real.begin(), 70, 0);  // left padding
+        const auto [out, logsumexp] = TestFixture::run(x, TestFixture::kTokens);
+        for (int64_t count : {1, 2, 33}) {
+          SCOPED_TRACE(count);
+          const auto [out_in_pieces, logsumexp_in_pieces] = TestFixture::run(x, count);
+          expect_same_bits(out_in_pieces, out);
+          expect_same_bits(logsumexp_in_pieces, logsumexp);
+        }
+      }
 }
 
 TEST(Isa, TheChoiceIsNamedAndNeverAboveTheBest) {
