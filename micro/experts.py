@@ -1,4 +1,4 @@
-"""The experts' names, and the two records that pass between the operators of a layer."""
+"""The experts' names, and the records that pass between the operators of a layer."""
 
 from __future__ import annotations
 
@@ -41,6 +41,32 @@ class Plan(NamedTuple):
     experts: Tensor
     offsets: Tensor
     inverse: Tensor
+
+
+class BlockParameters(NamedTuple):
+    """The parameters of one layer (model.md 2.4, 2.5, 2.12). E experts; what FFN experts share (attention and norms)
+    has no axis E.
+
+    q_proj [E,A*D,H], k_proj and v_proj [E,G*D,H], o_proj [E,H,A*D], gate_proj and up_proj [E,F,H], down_proj [E,H,F];
+    router_in [R,H] and router_out [E,R], or None and one folded map [E,H] in float32 (float64 for float64);
+    post_attention_norm [E,H]; input_norm [E,H] (Llama), or post_ffn_norm [E,H], q_norm [E,A*D] and k_norm [E,G*D]
+    (OLMo-2).
+    """
+
+    q_proj: Tensor
+    k_proj: Tensor
+    v_proj: Tensor
+    o_proj: Tensor
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    router_in: Tensor | None
+    router_out: Tensor
+    input_norm: Tensor | None
+    post_attention_norm: Tensor
+    post_ffn_norm: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 def default_names(num_experts: int) -> list[str]:

@@ -4,15 +4,13 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <array>
-#include <string>
 #include <string_view>
 #include <tuple>
-#include <utility>
 
 #include "micro_kernels/route.h"
 #include "ops/arguments.h"
 #include "ops/common.h"
+#include "ops/weight_rules.h"
 
 namespace micro {
 namespace {
@@ -23,33 +21,6 @@ using torch::autograd::variable_list;
 using RoutingTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // ids, weights, probs, effective
 
 constexpr char kName[] = "micro::route";
-constexpr std::array<std::pair<std::string_view, WeightRule>, 3> kRules{{
-    {"renormalized", WeightRule::kRenormalized},
-    {"probability", WeightRule::kProbability},
-    {"straight_through", WeightRule::kStraightThrough},
-}};
-
-std::string_view rule_name(WeightRule rule) {
-  for (const auto& [name, value] : kRules)
-    if (value == rule) return name;
-  TORCH_INTERNAL_ASSERT(false, "unnamed weight rule");
-}
-
-micro_kernels::WeightRule kernel_rule(std::string_view rule) {
-  for (const auto& [name, value] : kRules) {
-    if (name != rule) continue;
-    switch (value) {
-      case WeightRule::kRenormalized:
-        return micro_kernels::WeightRule::kRenormalized;
-      case WeightRule::kProbability:
-        return micro_kernels::WeightRule::kProbability;
-      case WeightRule::kStraightThrough:
-        return micro_kernels::WeightRule::kStraightThrough;
-    }
-  }
-  TORCH_CHECK_VALUE(false, kName, ": weight_rule must be renormalized, probability or straight_through, got '",
-                    std::string(rule), "'");
-}
 
 // ---- checks: once, at the public function --------------------------------------------------------------------------
 
@@ -165,7 +136,7 @@ RoutingTensors forward(const OptionalTensor& logits_, int64_t k, const OptionalT
       .tokens = tokens,
       .experts = experts,
       .k = k,
-      .rule = kernel_rule(weight_rule),
+      .rule = kernel_rule(kName, weight_rule),
       .dtype = kernel_dtype(kName, scores),
   };
   const auto status = scores.is_cuda() ? micro_kernels::cuda::route(params, current_stream(scores))
@@ -180,7 +151,7 @@ RoutingTensors forward_meta(const OptionalTensor& logits, int64_t k, const Optio
                             const OptionalTensor& bias, const OptionalTensor& ablate, const OptionalTensor& force,
                             const OptionalTensor& replay, std::string_view weight_rule) {
   check_arguments(logits, k, rows, bias, ablate, force, replay);
-  kernel_rule(weight_rule);
+  kernel_rule(kName, weight_rule);
   return allocate_forward(scores_of(logits, rows), k);
 }
 
@@ -207,7 +178,7 @@ Tensor backward(const OptionalTensor& grad_weights_, const OptionalTensor& grad_
       .tokens = tokens,
       .experts = experts,
       .k = ids.size(1),
-      .rule = kernel_rule(weight_rule),
+      .rule = kernel_rule(kName, weight_rule),
       .dtype = kernel_dtype(kName, grad_weights ? *grad_weights : probs),
   };
   check(kName, probs.is_cuda() ? micro_kernels::cuda::route_backward(params, current_stream(probs))

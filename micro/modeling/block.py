@@ -11,6 +11,7 @@ from micro.experts import Routing
 from micro.modeling.cache import append_to_cache
 from micro.modeling.call import Call, LayerControls
 from micro.modeling.config import MiCRoConfig
+from micro.modeling.fused import FusedLayer
 from micro.modeling.layers import StackedLinear, StackedNorm, touch
 from micro.modeling.router import MiCRoRouter
 
@@ -117,6 +118,7 @@ class MiCRoBlockLayer(GradientCheckpointingLayer):
         self.num_experts = config.num_experts
         self.router = MiCRoRouter(config)
         self.blocks = MiCRoBlocks(config)
+        self.fused = FusedLayer(config, index)
 
     def forward(
         self, hidden: Tensor, bias: Tensor | None = None, *, call: Call, controls: LayerControls
@@ -124,6 +126,8 @@ class MiCRoBlockLayer(GradientCheckpointingLayer):
         """The layer: hidden [B,S,H], bias float [T|1,E] or None -> (hidden [B,S,H], effective and raw logits [T,E],
         probabilities [T,E], ids int32 [T,K], weights [T,K]).
         """
+        if call.fused and (done := self.fused.run(self, hidden, bias, call, controls)) is not None:
+            return result(*done, controls)
         x = jitter(hidden.reshape(-1, hidden.shape[-1]), controls)
         raw, routing = decide(self.router, x, bias, call, controls)
         plan = ops.plan(routing.ids, self.num_experts, routing.weights, call.real)

@@ -24,7 +24,9 @@ class MiCRoCacheLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        # Keys and values [B,E,G,capacity,D], and the same with E and G as one axis.
         self._stores: tuple[Tensor, Tensor] | None = None
+        self._flat: tuple[Tensor, Tensor] | None = None
         self._views: tuple[Tensor, Tensor] | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,33 +49,41 @@ class MiCRoCacheLayer(DynamicLayer):
         return keys.flatten(1, 2), values.flatten(1, 2)
 
     def _append_in_place(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        old, new = self.get_seq_length(), keys.shape[3]
-        stores = self._room_for(keys, values, old, old + new)
-        for store, part in zip(stores, (keys, values), strict=True):
-            store[:, :, old : old + new].unflatten(1, part.shape[1:3]).copy_(part)
-        self.keys, self.values = (store[:, :, : old + new] for store in stores)
-        self._stores, self._views = stores, (self.keys, self.values)
-        return self.keys, self.values
+        batch, experts, groups, new, size = keys.shape
+        old = self.get_seq_length()
+        for store, part in zip(self.room(keys, batch, experts, groups, size, new), (keys, values), strict=True):
+            store[:, :, :, old : old + new].copy_(part)
+        return self.filled(old + new)
 
-    def _room_for(self, keys: Tensor, values: Tensor, old: int, need: int) -> tuple[Tensor, Tensor]:
-        """The stores, if the cached slots still are their own views (not cropped, reordered or replaced from outside)
-        and there is room; otherwise larger ones with the cached slots copied.
+    def room(self, like: Tensor, batch: int, experts: int, groups: int, size: int, new: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B,E,G,capacity,D] with room for ``new`` slots behind the cached ones, dtype and device as
+        ``like``; :meth:`filled` says that they were written. Without gradient only.
         """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        old = self.get_seq_length()
+        # Not cropped, reordered or replaced from outside.
         mine = self._views is not None and self._views[0] is self.keys and self._views[1] is self.values
         writable = self._stores is not None and (
             torch.is_inference_mode_enabled() or not self._stores[0].is_inference()
         )
-        if mine and writable and self._stores is not None and self._stores[0].shape[2] >= need:
+        if mine and writable and self._stores is not None and self._stores[0].shape[3] >= old + new:
             return self._stores
-        capacity = -(-max(need, old + old // 4) // _CHUNK) * _CHUNK
-        stores = []
-        for new, cached in ((keys, self.keys), (values, self.values)):
-            batch, experts, groups, _, size = new.shape
-            store = new.new_empty(batch, experts * groups, capacity, size)
+        capacity = -(-max(old + new, old + old // 4) // _CHUNK) * _CHUNK
+        stores = tuple(like.new_empty(batch, experts, groups, capacity, size) for _ in range(2))
+        self._flat = (stores[0].flatten(1, 2), stores[1].flatten(1, 2))
+        for flat, cached in zip(self._flat, (self.keys, self.values), strict=True):
             if old and cached is not None:
-                store[:, :, :old].copy_(cached)
-            stores.append(store)
-        return stores[0], stores[1]
+                flat[:, :, :old].copy_(cached)
+        self._stores = (stores[0], stores[1])
+        return self._stores
+
+    def filled(self, length: int) -> tuple[Tensor, Tensor]:
+        """The first ``length`` slots of the stores are the cached ones from now on."""
+        assert self._flat is not None
+        self.keys, self.values = (flat.narrow(2, 0, length) for flat in self._flat)
+        self._views = (self.keys, self.values)
+        return self._views
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last slots (a count <= 0, as in transformers). The store is kept."""
@@ -84,7 +94,7 @@ class MiCRoCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all slots and free the store."""
-        self._stores = self._views = None
+        self._stores = self._flat = self._views = None
         super().reset()
 
 

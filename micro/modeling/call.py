@@ -18,7 +18,7 @@ class Call:
 
     mask: what :func:`micro.ops.expert_attention` takes (None, bool [B,J], or [B|1,S,J]); real: bool [T], None = every
     token is real; cos, sin: [T,D/2] float32 or float64; tokens: int32 [T]; whole: int32 [2] = [0, T], the offsets of a
-    plan with one expert.
+    plan with one expert; fused: a layer may be one operator call (micro/modeling/fused.py).
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Call:
     cache: Cache | None
     tokens: Tensor
     whole: Tensor
+    fused: bool = False
 
     @property
     def length(self) -> int:

@@ -10,6 +10,7 @@ from micro.modeling.block import LayerResult, MiCRoBlocks, decide, jitter, resul
 from micro.modeling.cache import append_to_cache
 from micro.modeling.call import Call, LayerControls
 from micro.modeling.config import MiCRoConfig
+from micro.modeling.fused import FusedLayer
 from micro.modeling.layers import Linear, RMSNorm, touch
 from micro.modeling.router import MiCRoRouter
 
@@ -69,11 +70,14 @@ class MiCRoFFNLayer(GradientCheckpointingLayer):
             self.input_layernorm = norm()
         self.router = MiCRoRouter(config)
         self.blocks = MiCRoBlocks(config)
+        self.fused = FusedLayer(config, index)
 
     def forward(
         self, hidden: Tensor, bias: Tensor | None = None, *, call: Call, controls: LayerControls
     ) -> LayerResult:
         """As :meth:`micro.modeling.block.MiCRoBlockLayer.forward`."""
+        if call.fused and (done := self.fused.run(self, hidden, bias, call, controls)) is not None:
+            return result(*done, controls)
         x = hidden.reshape(-1, hidden.shape[-1])
         if self.olmo:
             u = jitter(x + self.post_attention_layernorm(self.self_attn(x, call)), controls)

@@ -22,6 +22,7 @@ from micro.modeling.call import Call, Memo, attention_masks, rotary_tables
 from micro.modeling.companions import UpcycleReceipt, read_companions, receipt_of, write_companions
 from micro.modeling.config import MiCRoConfig
 from micro.modeling.ffn_block import MiCRoFFNLayer
+from micro.modeling.fused import can_fuse
 from micro.modeling.layers import RMSNorm, StackedLinear, StackedNorm
 from micro.modeling.outputs import MiCRoModelOutputWithPast
 from micro.modeling.router import RouterMap, initialize_router_map
@@ -261,7 +262,8 @@ class MiCRoModel(MiCRoPreTrainedModel):
             flat = positions.to(x.device).expand(rows, slots).reshape(-1)
         cos, sin = rotary_tables(self.config, flat, x.dtype)
         whole = torch.tensor([0, rows * slots], dtype=torch.int32, device=x.device)
-        return Call(rows, slots, start, k, self.config.weight_rule, attention, real, cos, sin, cache, tokens, whole)
+        rule, fused = self.config.weight_rule, can_fuse(self.config, x, cache)
+        return Call(rows, slots, start, k, rule, attention, real, cos, sin, cache, tokens, whole, fused)
 
     def _run_layers(
         self, x: Tensor, call: Call, bound: BoundSteering, raw: bool, keep_hidden: bool

@@ -33,17 +33,20 @@ class MiCRoRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of x [T,H] the logits [T,E], in the model dtype (fast numerics without gradient: float32)."""
-        if self.fold and not torch.is_grad_enabled() and self._foldable():
-            weight = self._folded_weight()
+        if self.folds():
+            weight = self.folded_weight()
             return ops.stacked_linear(x.to(weight.dtype)[None], weight[None])[0]
         logits: Tensor = self.out_proj(self.in_proj(x))
         return logits
 
-    def _foldable(self) -> bool:
-        """An adapter or hook on one of the two maps must run, so only plain maps are folded."""
+    def folds(self) -> bool:
+        """Whether this call uses one map. An adapter or hook on one of the two must run, so only plain ones fold."""
+        if not self.fold or torch.is_grad_enabled():
+            return False
         return all(type(m) is RouterMap and not m._forward_hooks for m in (self.in_proj, self.out_proj))
 
-    def _folded_weight(self) -> Tensor:
+    def folded_weight(self) -> Tensor:
+        """Both maps in one, [E,H], float32 (float64 for float64); made anew when one of them changed."""
         weights = (self.in_proj.weight, self.out_proj.weight)
         key = tuple((w.data_ptr(), w._version if not w.is_inference() else None, w.dtype, w.device) for w in weights)
         if self._folded is None or self._folded[0] != key:

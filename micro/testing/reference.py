@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from micro.experts import Plan, Routing
+from micro.experts import BlockParameters, Plan, Routing
 
 EPSILON = 1e-9  # of the renormalisation (model.md 2.3)
 
@@ -234,6 +234,102 @@ def expert_attention(
             out.append(torch.einsum("aj,ajd->ad", p, values).to(q.dtype))
     idle = q.new_zeros(n_rows - bounds[-1], heads, head_dim)
     return torch.cat([torch.stack(out), idle]) if out else idle
+
+
+def block_forward(
+    x: Tensor,
+    parameters: BlockParameters,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    whole_block: bool,
+    eps: float,
+    slots: int,
+    start: int = 0,
+    keys: Tensor | None = None,
+    values: Tensor | None = None,
+    mask: Tensor | None = None,
+    real: Tensor | None = None,
+    k: int = 1,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    ablate: Tensor | None = None,
+    force: Tensor | None = None,
+    replay: Tensor | None = None,
+    weight_rule: str = "renormalized",
+    run_router: bool = True,
+) -> tuple[Tensor, Tensor | None, Routing]:
+    """One layer, whole blocks (model.md 2.4 - 2.8) or FFN experts (2.12), Llama or OLMo-2.
+
+    keys and values [B,E|1,G,J,D] are read below slot ``start`` and written from there on; None: there is no cache.
+    """
+    p, experts, size = parameters, parameters.gate_proj.shape[0], 2 * cos.shape[-1]
+    olmo = p.post_ffn_norm is not None
+
+    def stack(shared: Tensor) -> Tensor:
+        return shared if whole_block else shared[None]
+
+    def norm(x: Tensor, gain: Tensor | None, expert: Tensor | None = None) -> Tensor:
+        assert gain is not None
+        return rms_norm(x, stack(gain), expert, eps=eps, gain_in_float32=olmo)
+
+    def decide(n: Tensor) -> tuple[Tensor | None, Routing, Plan]:
+        raw = None
+        if run_router or rows is None:
+            if p.router_in is None:
+                raw = n.to(p.router_out.dtype) @ p.router_out.T
+            else:
+                raw = n @ p.router_in.T @ p.router_out.T
+        if rows is not None:
+            routing = route(None, k, rows=rows, replay=replay, weight_rule=weight_rule)
+        else:
+            routing = route(raw, k, bias=bias, ablate=ablate, force=force, replay=replay, weight_rule=weight_rule)
+        routing = routing._replace(weights=routing.weights.to(x.dtype))
+        return raw, routing, plan(routing.ids, experts, routing.weights, real)
+
+    def attention(xs: Tensor, n: Tensor, tokens: Tensor, expert: Tensor | None, offsets: Tensor) -> Tensor:
+        """Of queries xs in plan order and inputs n [E|1,T,H] of keys and values, behind the output matrix."""
+        q, new = expert_linear(xs, stack(p.q_proj), offsets), stacked_linear(n, stack(p.k_proj))
+        if olmo:
+            q, new = norm(q, p.q_norm, expert), norm(new, p.k_norm)
+        groups = new.shape[-1] // size
+        new = torch.stack([rope(e.unflatten(-1, (groups, size)), cos, sin) for e in new])
+        both = []
+        for made, store in ((new, keys), (stacked_linear(n, stack(p.v_proj)), values)):
+            made = made.reshape(made.shape[0], -1, slots, groups, size).permute(1, 0, 3, 2, 4)
+            if store is not None:
+                store[:, :, :, start : start + slots] = made
+                made = store[:, :, :, : start + slots]
+            both.append(made)
+        q = rope(q.unflatten(-1, (heads, size)), cos, sin, tokens)
+        a = expert_attention(q, both[0], both[1], tokens, offsets, slots=slots, start=start, mask=mask)
+        return expert_linear(a.flatten(1), stack(p.o_proj), offsets)
+
+    def ffn(n: Tensor, offsets: Tensor) -> Tensor:
+        inner = swiglu(expert_linear(n, p.gate_proj, offsets), expert_linear(n, p.up_proj, offsets))
+        return expert_linear(inner, p.down_proj, offsets)
+
+    def mixed(y: Tensor, routing: Routing, plan: Plan) -> Tensor:
+        return combine(y, routing.weights, plan.experts, plan.offsets, plan.inverse)
+
+    if whole_block:
+        raw, routing, order = decide(x)
+        xs = permute(x, order.tokens, order.offsets, order.inverse)
+        n = x.expand(experts, -1, -1) if olmo else norm(x[None], p.input_norm)
+        queries = xs if olmo else norm(xs, p.input_norm, order.experts)
+        a = attention(queries, n, order.tokens, order.experts, order.offsets)
+        u = xs + (norm(a, p.post_attention_norm, order.experts) if olmo else a)
+        f = ffn(u if olmo else norm(u, p.post_attention_norm, order.experts), order.offsets)
+        return mixed(u + (norm(f, p.post_ffn_norm, order.experts) if olmo else f), routing, order), raw, routing
+    tokens = torch.arange(x.shape[0], dtype=torch.int32)
+    n = x if olmo else norm(x, p.input_norm)
+    a = attention(n, n[None], tokens, None, torch.tensor([0, x.shape[0]], dtype=torch.int32))
+    u = x + (norm(a, p.post_attention_norm) if olmo else a)
+    n = u if olmo else norm(u, p.post_attention_norm)
+    raw, routing, order = decide(n)
+    m = mixed(ffn(permute(n, order.tokens, order.offsets, order.inverse), order.offsets), routing, order)
+    return u + (norm(m, p.post_ffn_norm) if olmo else m), raw, routing
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
