@@ -10,6 +10,8 @@
 namespace micro_kernels::cpu {
 namespace {
 
+constexpr int64_t kGrainProducts = 128 * 1024;  // of elements of a query and a key: some microseconds
+
 const AttentionKernels& kernels(DType dtype) {
 #if defined(__x86_64__)
   switch (isa()) {
@@ -53,6 +55,11 @@ void each_run(const ExpertAttentionShape& s, const Body& body) {
   }
 }
 
+// Work grows with queries times keys; the slot of the last query stands for the keys.
+int64_t pairs(const ExpertAttentionShape& s, const AttentionItem& item) {
+  return item.end == item.begin ? 0 : (item.end - item.begin) * (own_slot(s, item.end - 1) + 1);
+}
+
 // Items of at most `most` positions; most = 0: whole runs, and empty ones too.
 std::vector<AttentionItem> work_items(const ExpertAttentionShape& s, int64_t most) {
   std::vector<AttentionItem> items;
@@ -65,12 +72,17 @@ std::vector<AttentionItem> work_items(const ExpertAttentionShape& s, int64_t mos
       for (int64_t n = begin; n < end; n += most) items.push_back({b, e, g, n, std::min(n + most, end)});
     }
   });
-  // Work grows with queries times keys; the last slot stands for the keys.
-  auto work = [&](const AttentionItem& i) {
-    return i.end == i.begin ? 0 : (i.end - i.begin) * (own_slot(s, i.end - 1) + 1);
-  };
-  std::stable_sort(items.begin(), items.end(), [&](const auto& x, const auto& y) { return work(x) > work(y); });
+  std::stable_sort(items.begin(), items.end(), [&](const auto& x, const auto& y) { return pairs(s, x) > pairs(s, y); });
   return items;
+}
+
+// Few pairs run on the calling thread: to wake another one costs more than it saves.
+const ParallelFor& threads_for(const ExpertAttentionShape& s, const std::vector<AttentionItem>& items,
+                               const ParallelFor& parallel_for) {
+  static const ParallelFor inline_loop = serial;
+  int64_t total = 0;
+  for (const AttentionItem& item : items) total += pairs(s, item);
+  return total * (s.heads / s.groups) * s.head_dim < kGrainProducts ? inline_loop : parallel_for;
 }
 
 int64_t most_positions(const std::vector<AttentionItem>& items) {
@@ -97,7 +109,8 @@ Status expert_attention(const ExpertAttentionParams& p, const ParallelFor& paral
   });
   const std::vector<AttentionItem> items = work_items(s, kTilesPerItem * tile_positions(s.heads / s.groups));
   const AttentionKernels& code = kernels(s.dtype);
-  for_each_item(parallel_for, static_cast<int64_t>(items.size()), code.forward_scratch(s, most_positions(items)),
+  for_each_item(threads_for(s, items, parallel_for), static_cast<int64_t>(items.size()),
+                code.forward_scratch(s, most_positions(items)),
                 [&](int64_t i, char* scratch) { code.forward(p, items[i], scratch); });
   return Status::kOk;
 }
@@ -108,7 +121,8 @@ Status expert_attention_backward(const ExpertAttentionBackwardParams& p, const P
   if (p.grad_q) dispatch(s.dtype, [&]<class T>() { fill_idle<T>(s, p.grad_q, s.heads * s.head_dim, T(0)); });
   const std::vector<AttentionItem> items = work_items(s, 0);
   const AttentionKernels& code = kernels(s.dtype);
-  for_each_item(parallel_for, static_cast<int64_t>(items.size()), code.backward_scratch(s, most_positions(items)),
+  for_each_item(threads_for(s, items, parallel_for), static_cast<int64_t>(items.size()),
+                code.backward_scratch(s, most_positions(items)),
                 [&](int64_t i, char* scratch) { code.backward(p, items[i], scratch); });
   return Status::kOk;
 }

@@ -23,7 +23,22 @@ inline Scratch allocate_scratch(int64_t bytes) {
   return memory;
 }
 
-// Calls body(item, scratch) once for each item in [0, count), in this order where there is one thread.
+// Scratch that the calling thread keeps from one call to the next: it only ever grows, so that work of a steady size
+// allocates nothing. One piece per thread: who holds it must not ask for another.
+inline char* thread_scratch(int64_t bytes) {
+  thread_local Scratch memory;
+  thread_local int64_t size = -1;
+  if (bytes > size) {
+    size = -1;
+    memory.reset();
+    memory = allocate_scratch(bytes);
+    size = bytes;
+  }
+  return memory.get();
+}
+
+// Calls body(item, scratch) once for each item in [0, count), in this order where there is one thread. The body must
+// not call for_each_item itself.
 template <class Body>
 void for_each_item(const ParallelFor& parallel_for, int64_t count, int64_t scratch_bytes, const Body& body) {
   if (count == 0) return;
@@ -31,8 +46,8 @@ void for_each_item(const ParallelFor& parallel_for, int64_t count, int64_t scrat
   parallel_for(count, 1, [&](int64_t, int64_t) {
     int64_t item = next.fetch_add(1, std::memory_order_relaxed);
     if (item >= count) return;
-    const Scratch scratch = allocate_scratch(scratch_bytes);
-    for (; item < count; item = next.fetch_add(1, std::memory_order_relaxed)) body(item, scratch.get());
+    char* const scratch = thread_scratch(scratch_bytes);
+    for (; item < count; item = next.fetch_add(1, std::memory_order_relaxed)) body(item, scratch);
   });
 }
 
