@@ -3,6 +3,7 @@
 #   PYTHON    interpreter that a new one is made from   (default python3)
 #   PIP_ARGS  arguments for every pip install, such as another index or a torch build
 #   JOBS      compiler processes                        (default: all CPUs)
+#   ROWS      goals that `make bench` measures           (default: all)
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
@@ -83,9 +84,10 @@ lint: $(STAMP)/lint
 docs: build $(STAMP)/dev
 	@$(PY) .ci/docs build/docs
 
-## make bench   every benchmark of benchmarks/python, one after the other
+## make bench   the table of goals; ROWS=G2,G3 a part of it, BENCH_ARGS="--official FOLDER ..." other options
 bench: build $(STAMP)/dev
-	@for file in benchmarks/python/bench_*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+	@cmake -S . -B $(BUILD) -DMICRO_BENCHMARKS=ON >/dev/null && ninja -C $(BUILD) -j $(JOBS) probe grouped_linear
+	@$(PY) benchmarks/python/run.py $(if $(ROWS),--rows $(ROWS)) $(BENCH_ARGS)
 
 ## make clean   remove what was built; the virtual environment stays
 clean:
