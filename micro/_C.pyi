@@ -1,6 +1,6 @@
 """The parts of libmicro that are not functions on tensors. tests/policy compares this page with the module."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from typing import Any
@@ -155,6 +155,101 @@ class Curriculum:
         """The place in the curriculum, JSON-able."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+# ---- csrc/include/micro/engine.h ------------------------------------------------------------------------------------
+
+class Engine:
+    """Generation on the CPU: packed weights, a cache of its own. micro.engine.Engine is the class to use."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        parameters: Mapping[str, Tensor],
+        *,
+        dtype: str | None = None,
+        numerics: str | None = None,
+        weights: str = "packed",
+        keys_values: str = "lazy",
+        max_length: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def open(
+        folder: str,
+        *,
+        dtype: str | None = None,
+        numerics: str | None = None,
+        weights: str = "packed",
+        keys_values: str = "lazy",
+        max_length: int = 0,
+    ) -> Engine:
+        """From a model folder by memory map."""
+
+    def prefill(
+        self,
+        rows: Sequence[Sequence[int]],
+        controls: Mapping[str, Tensor],
+        *,
+        experts_per_token: int = 0,
+        chunk: int = 0,
+        all_logits: bool = False,
+        trace: bool = False,
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        """Append tokens to the rows: (logits, trace or None)."""
+
+    def decode(
+        self, tokens: Tensor, controls: Mapping[str, Tensor], *, experts_per_token: int = 0, trace: bool = False
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        """Append one token to each row: (logits, trace or None)."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sequence[tuple[float, int, float, float, int]],
+        stop_ids: Sequence[int] | None,
+        prompt: Mapping[str, Tensor],
+        answer: Mapping[str, Tensor],
+        *,
+        answer_at: Callable[[int], Mapping[str, Tensor]] | None = None,
+        experts_per_token: int = 0,
+        chunk: int = 0,
+        trace: bool = False,
+        on_token: Callable[[int, int], object] | None = None,
+    ) -> dict[str, Any]:
+        """Read prompts and write answers: tokens, finish, trace."""
+
+    def cancel(self) -> None:
+        """End the running generate() after its present step, from any thread."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def lengths(self) -> list[int]: ...
+    def truncate(self, length: int) -> None:
+        """Cut every row."""
+
+    def truncate_row(self, row: int, length: int) -> None:
+        """Cut one row."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes what rows[i] was."""
+
+    def reset(self) -> None:
+        """Forget all rows."""
+
+    def cache_bytes(self) -> dict[str, int]: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def numerics(self) -> str: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def quantization_errors(self) -> dict[str, tuple[float, float]]: ...
 
 # ---- csrc/include/micro/spans.h -------------------------------------------------------------------------------------
 

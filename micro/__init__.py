@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from micro.convert.load import load
     from micro.convert.upcycle import upcycle
     from micro.curriculum import Curriculum, FreezeRule, Stage
+    from micro.engine import Engine
 
     __version__: str
 
@@ -24,6 +25,7 @@ _LAZY = {
     "Curriculum": "micro.curriculum",
     "Stage": "micro.curriculum",
     "FreezeRule": "micro.curriculum",
+    "Engine": "micro.engine",
 }
 # `micro.convert` is a package and, called, the function of interface.md 1.
 _MODULES = (
@@ -31,6 +33,7 @@ _MODULES = (
     "convert",
     "curriculum",
     "data",
+    "engine",
     "errors",
     "experts",
     "modeling",
@@ -42,7 +45,7 @@ _MODULES = (
     "training",
 )
 
-__all__ = ["Curriculum", "FreezeRule", "Stage", "__version__", "build_info", "collapse", "load", "upcycle"]
+__all__ = ["Curriculum", "Engine", "FreezeRule", "Stage", "__version__", "build_info", "collapse", "load", "upcycle"]
 
 
 def build_info() -> dict[str, Any]:

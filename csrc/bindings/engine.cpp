@@ -155,7 +155,8 @@ using Draw = std::tuple<double, int64_t, double, double, uint64_t>;
 
 py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, const std::vector<Draw>& sampling,
                   std::optional<std::vector<int64_t>> stop_ids, const Tensors& prompt, const Tensors& answer,
-                  int64_t experts_per_token, int64_t chunk, bool trace, const py::object& on_token) {
+                  const py::object& answer_at, int64_t experts_per_token, int64_t chunk, bool trace,
+                  const py::object& on_token) {
   micro::GenerateOptions options;
   options.max_new_tokens = max_new_tokens;
   options.sampling.clear();
@@ -164,6 +165,11 @@ py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, c
   options.stop_ids = std::move(stop_ids);
   options.prompt = controls_of(prompt);
   options.answer = controls_of(answer);
+  if (!answer_at.is_none())
+    options.answer_at = [&answer_at](int64_t step) {
+      const py::gil_scoped_acquire held;
+      return controls_of(answer_at(step).cast<Tensors>());
+    };
   options.experts_per_token = experts_per_token;
   options.chunk = chunk;
   options.trace = trace;
@@ -201,9 +207,9 @@ py::dict config_dict(const Engine& engine) {
 void bind_engine(py::module_& m) {
   const auto options = std::make_tuple(py::kw_only(), "dtype"_a = py::none(), "numerics"_a = py::none(),
                                        "weights"_a = "packed", "keys_values"_a = "lazy", "max_length"_a = 0);
-  py::class_<Engine> engine(m, "Engine",
-                            "Generation on the CPU: packed weights, a cache of its own (micro/engine.h). "
-                            "micro.engine.Engine is the class to use.");
+  py::class_<Engine> engine(
+      m, "Engine",
+      "Generation on the CPU: packed weights, a cache of its own. micro.engine.Engine is the class to use.");
   std::apply(
       [&](const auto&... args) {
         engine.def(py::init([](const py::dict& config, const Tensors& parameters,
@@ -237,7 +243,8 @@ void bind_engine(py::module_& m) {
            py::kw_only(), "experts_per_token"_a = 0, "trace"_a = false)
       .def("generate", &generate, "Read prompts and write answers: tokens, finish, trace.", "prompts"_a,
            "max_new_tokens"_a, "sampling"_a, "stop_ids"_a, "prompt"_a, "answer"_a, py::kw_only(),
-           "experts_per_token"_a = 0, "chunk"_a = 0, "trace"_a = false, "on_token"_a = py::none())
+           "answer_at"_a = py::none(), "experts_per_token"_a = 0, "chunk"_a = 0, "trace"_a = false,
+           "on_token"_a = py::none())
       .def("cancel", &Engine::cancel, "End the running generate() after its present step, from any thread.")
       .def_property_readonly("rows", &Engine::rows)
       .def_property_readonly("lengths", &Engine::lengths)

@@ -112,9 +112,13 @@ Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, co
   const auto rows = static_cast<int64_t>(prompts.size());
   const int64_t k = s.experts_per_token(options.experts_per_token);
   const PreparedControls in_prompt(options.prompt, s.config, rows, s.accumulator());
-  const PreparedControls in_answer(options.answer, s.config, rows, s.accumulator());
-  TORCH_CHECK_VALUE(in_answer.same_at_all_slots(),
-                    "controls: those of the answer hold for all its tokens; their S axis is 1");
+  const auto prepared = [&](const Controls& controls) {
+    const PreparedControls out(controls, s.config, rows, s.accumulator());
+    TORCH_CHECK_VALUE(out.same_at_all_slots(),
+                      "controls: those of the answer hold for all its tokens; their S axis is 1");
+    return out;
+  };
+  const PreparedControls in_answer = prepared(options.answer);
   int64_t longest = 0;
   for (const auto& prompt : prompts) longest = std::max(longest, static_cast<int64_t>(prompt.size()));
 
@@ -142,13 +146,17 @@ Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, co
   const std::vector<int64_t> zeros(prompts.size(), 0);
   std::vector<int64_t> batch(prompts.size());
   std::iota(batch.begin(), batch.end(), 0);
-  for (bool first = true; going; first = false) {
-    const bool changed = answers.take(logits) || first;
+  for (int64_t number = 1; going; ++number) {
+    const bool changed = answers.take(logits) || number == 1;
     if (!answers.any() || step()) break;
     const auto count = static_cast<int64_t>(answers.origins().size());
-    batch.resize(answers.origins().size());
+    const engine::CallRows call{count, 1, ones.data(), zeros.data(), answers.origins().data()};
+    if (options.answer_at)
+      controls.bind(prepared(options.answer_at(number)), call);
+    else if (changed)
+      controls.bind(in_answer, call);
     if (changed) {
-      controls.bind(in_answer, {count, 1, ones.data(), zeros.data(), answers.origins().data()});
+      batch.resize(answers.origins().size());
       logits = logits.narrow(0, 0, count);
     }
     s.forward.run({answers.next().data(), ones.data(), answers.origins().data(), count, 1}, controls, k, s.cache,

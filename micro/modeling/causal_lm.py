@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -16,6 +16,9 @@ from micro.modeling.model import MiCRoModel, MiCRoPreTrainedModel
 from micro.modeling.outputs import MiCRoCausalLMOutputWithPast, MiCRoModelOutputWithPast
 from micro.modeling.steer import Steering
 from micro.modeling.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from micro.engine import Engine
 
 
 class MiCRoForCausalLM(MiCRoPreTrainedModel, MiCRoGenerationMixin):
@@ -111,6 +114,12 @@ class MiCRoForCausalLM(MiCRoPreTrainedModel, MiCRoGenerationMixin):
             router_logits=out.router_logits,
             routing=out.routing,
         )
+
+    def engine(self, **options: Any) -> Engine:
+        """The C++ engine over this model's parameters as they are now: :meth:`micro.engine.Engine.from_model`."""
+        from micro.engine import Engine
+
+        return Engine.from_model(self, **options)
 
     def _auxiliary(
         self, out: MiCRoModelOutputWithPast, share: Tensor | float, items: Tensor | int | None

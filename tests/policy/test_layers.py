@@ -77,7 +77,7 @@ RANKS = [
     {"_C", "experts", "errors", "files", "progress", "estimate", "cuda"},
     {"_native"},
     {"ops", "curriculum"},
-    {"modeling", "optim", "steering", "data"},
+    {"modeling", "engine", "optim", "steering", "data"},
     {"convert"},
     {"training", "report"},
     {"analysis", "evaluation"},

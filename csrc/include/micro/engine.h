@@ -93,13 +93,14 @@ const char* name(Finish value);
 
 struct GenerateOptions {
   int64_t max_new_tokens = 128;
-  std::vector<Sampling> sampling = {{}};                          // one for all rows (row r: seed + r), or one per row
-  std::optional<std::vector<int64_t>> stop_ids = {};              // none: the configuration's end-of-sequence ids
-  Controls prompt = {};                                           // while the prompt is read
-  Controls answer = {};                                           // afterwards; S is 1
-  int64_t experts_per_token = 0;                                  // 0: the configuration's
-  int64_t chunk = 0;                                              // as in CallOptions
-  bool trace = false;                                             // of prompt + new tokens - 1 slots
+  std::vector<Sampling> sampling = {{}};                 // one for all rows (row r: seed + r), or one per row
+  std::optional<std::vector<int64_t>> stop_ids = {};     // none: the configuration's end-of-sequence ids
+  Controls prompt = {};                                  // while the prompt is read
+  Controls answer = {};                                  // afterwards; S is 1
+  std::function<Controls(int64_t step)> answer_at = {};  // in place of `answer`: before the pass of new token 1, 2, ...
+  int64_t experts_per_token = 0;                         // 0: the configuration's
+  int64_t chunk = 0;                                     // as in CallOptions
+  bool trace = false;                                    // of prompt + new tokens - 1 slots
   std::function<bool(int64_t row, int64_t token)> on_token = {};  // every new token; true: the row ends with it
   std::function<void()> on_step = {};                             // between steps; an exception ends the generation
 };
