@@ -28,7 +28,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr char kName[] = "micro::cross_entropy";
-constexpr int64_t kLogitBytes = 32 << 20;  // a chunk's logits: enough rows for fast products, small beside the head
+constexpr int64_t kLogitBytes = 64 << 20;  // a chunk's logits: enough rows for fast products, small beside the head
 
 void check_arguments(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
   TORCH_CHECK_VALUE(hidden.dim() == 2, kName, ": hidden must be [T, H], got ", hidden.sym_sizes());
@@ -75,18 +75,18 @@ void logits_of(const Tensor& hidden, const Tensor& weight, Tensor logits) {
   batch.run();
 }
 
-// Gradients of a chunk's rows of hidden, and the chunk's part of grad_weight. Chunks are added in the accumulator type,
-// so that their number costs bfloat16 no precision.
+// Gradients of a chunk's rows of hidden, and the chunk's part of grad_weight: all of it, or added to it.
 void chunk_gradients(const Tensor& grad_logits, const Tensor& hidden, const Tensor& weight, Tensor grad_hidden,
-                     const Tensor& grad_weight) {
+                     Tensor grad_weight, bool accumulate) {
   if (hidden.is_cuda()) {
     if (grad_hidden.defined()) at::mm_out(grad_hidden, grad_logits, weight);
-    if (grad_weight.defined()) grad_weight.add_(at::mm(grad_logits.t(), hidden));
+    if (grad_weight.defined() && accumulate) grad_weight.add_(at::mm(grad_logits.t(), hidden));
+    if (grad_weight.defined() && !accumulate) at::mm_out(grad_weight, grad_logits.t(), hidden);
     return;
   }
   LinearBatch batch(kName, hidden);
   if (grad_hidden.defined()) batch.grad_x({{grad_logits, weight}}, grad_hidden);
-  if (grad_weight.defined()) batch.grad_weight(grad_logits, hidden, grad_weight, true);
+  if (grad_weight.defined()) batch.grad_weight(grad_logits, hidden, grad_weight, accumulate);
   batch.run();
 }
 
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& hidden, const Tensor& 
   const auto wide = hidden.options().dtype(accumulator_dtype(hidden));
   return {at::zeros({}, wide),
           wanted[0] ? at::zeros_symint(hidden.sym_sizes(), hidden.options()) : at::empty({0}, wide),
-          wanted[1] ? at::zeros_symint(weight.sym_sizes(), wide) : at::empty({0}, wide)};
+          wanted[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, wide)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets,
@@ -110,6 +110,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const Tensor& 
   const int64_t chunk = std::max<int64_t>(1, kLogitBytes / row_bytes);
   const Tensor buffer = at::empty({std::min(chunk, rows.numel()), vocabulary}, hidden.options());
   Tensor total = at::zeros({}, loss.options().dtype(at::kDouble));
+  // Several chunks are added in the accumulator type, so that their number costs bfloat16 no precision.
+  const bool several = rows.numel() > chunk;
+  const Tensor sum = wanted[1] && several ? at::zeros(weight.sizes(), loss.options()) : grad_weight;
+  if (wanted[1] && rows.numel() == 0) grad_weight.zero_();
   for (int64_t begin = 0; begin < rows.numel(); begin += chunk) {
     const Tensor chosen = rows.narrow(0, begin, std::min(chunk, rows.numel() - begin));
     const Tensor chosen_hidden = hidden.index_select(0, chosen);
@@ -117,9 +121,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const Tensor& 
     logits_of(chosen_hidden, weight, logits);
     total += chunk_losses(logits, targets.index_select(0, chosen), wanted[0] || wanted[1]).sum(at::kDouble);
     const Tensor rows_gradient = wanted[0] ? at::empty_like(chosen_hidden) : Tensor();
-    chunk_gradients(logits, chosen_hidden, weight, rows_gradient, wanted[1] ? grad_weight : Tensor());
+    chunk_gradients(logits, chosen_hidden, weight, rows_gradient, wanted[1] ? sum : Tensor(), several);
     if (wanted[0]) grad_hidden.index_copy_(0, chosen, rows_gradient);
   }
+  if (wanted[1] && several) grad_weight.copy_(sum);
   loss.copy_(total);
   return {loss, grad_hidden, grad_weight};
 }

@@ -62,7 +62,8 @@ Status linear_grad_x(const LinearGradXPart* parts, int64_t count, DType dtype, c
   const LinearKernels& code = kernels(dtype);
   each_piece(
       parts, count, code.scratch(), parallel_for,
-      [](const LinearGradXPart& part) { return part.rows == 0 ? 0 : pieces(part.in, kPanel); }, code.grad_x);
+      [](const LinearGradXPart& part) { return part.rows == 0 ? 0 : pieces(part.in, kPanel * kGradientPanels); },
+      code.grad_x);
   return Status::kOk;
 }
 

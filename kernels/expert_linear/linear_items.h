@@ -14,7 +14,7 @@ constexpr int64_t kGradientPanels = 3;  // ... and which take this many panels o
 struct LinearKernels {
   int64_t (*scratch)();
   void (*forward)(const LinearPart&, int64_t panel, char* scratch);
-  void (*grad_x)(const LinearGradXPart&, int64_t panel, char* scratch);
+  void (*grad_x)(const LinearGradXPart&, int64_t group, char* scratch);
   void (*grad_weight)(const LinearGradWeightPart&, int64_t group, char* scratch);
 };
 

@@ -22,8 +22,8 @@ template <class Mode>
 struct PanelScratch {
   using Acc = typename Mode::Acc;
   using Cell = typename Mode::Cell;
-  Acc* sums;          // [kRowBlock, kPanel]
-  Acc* up_sums;       // the same, of the second matrix of a gated unit
+  Acc* sums;          // [kGradientPanels, kRowBlock, kPanel]
+  Acc* up_sums;       // the second panel of them, for the second matrix of a gated unit
   Cell* b;            // [kKeptChunks, kGradientPanels, kChunk, kPanel]: one chunk, or those of a gradient's columns
   Cell* a;            // [kRowBlock, kChunk]: rows that cannot be read as cells where they lie
   const Cell** rows;  // [kRowBlock]
@@ -36,8 +36,8 @@ struct PanelScratch {
       used += round_up(size, 64);
       return piece;
     };
-    sums = reinterpret_cast<Acc*>(take(kRowBlock * kPanel * sizeof(Acc)));
-    up_sums = reinterpret_cast<Acc*>(take(kRowBlock * kPanel * sizeof(Acc)));
+    sums = reinterpret_cast<Acc*>(take(kGradientPanels * kRowBlock * kPanel * sizeof(Acc)));
+    up_sums = sums + kRowBlock * kPanel;
     b = reinterpret_cast<Cell*>(take(kKeptChunks * kGradientPanels * kChunk<Mode> * kPanel * sizeof(Cell)));
     a = reinterpret_cast<Cell*>(take(kRowBlock * kChunk<Mode> * sizeof(Cell)));
     rows = reinterpret_cast<const Cell**>(take(kRowBlock * sizeof(Cell*)));
@@ -47,8 +47,15 @@ struct PanelScratch {
 
 // ---- product of rows with one chunk --------------------------------------------------------------------------------
 
+// What a product does beside adding up: start from 0 rather than from what the sums hold, and fetch the chunk that lies
+// behind this one in memory.
+struct ChunkOptions {
+  bool start = false;
+  bool ahead = false;
+};
+
 // sums[r][n] += sum over steps k of rows[r][k * step] * b[k][n], for kRows rows and kVectors vectors of columns.
-template <class Mode, int kRows, int kVectors, bool kAhead>
+template <class Mode, int kRows, int kVectors, bool kStart, bool kAhead>
 inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, const typename Mode::Cell* b,
                        int64_t steps, typename Mode::Acc* sums) {
   using Acc = typename Mode::Acc;
@@ -60,7 +67,7 @@ inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, con
   for (int i = 0; i < kRows; ++i) {
     row[i] = rows[i];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = load(sums + i * kPanel + j * lanes);
+    for (int j = 0; j < kVectors; ++j) sum[i][j] = kStart ? Vec<Acc>{} : load(sums + i * kPanel + j * lanes);
   }
   for (int64_t k = 0; k < steps; ++k, b += kPanel) {
     Vec<Cell> column[kVectors];
@@ -84,47 +91,54 @@ inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, con
     for (int j = 0; j < kVectors; ++j) store(sums + i * kPanel + j * lanes, sum[i][j]);
 }
 
-template <class Mode, int kRows, bool kAhead>
+template <class Mode, int kRows, bool kStart, bool kAhead>
 inline void chunk_rows(const typename Mode::Cell* const* rows, int64_t step, const typename Mode::Cell* b,
                        int64_t steps, typename Mode::Acc* sums) {
   constexpr int64_t strip = kTileVectors * kLanes<typename Mode::Acc>;
   for (int64_t n = 0; n < kPanel; n += strip)
-    chunk_tile<Mode, kRows, kTileVectors, kAhead>(rows, step, b + n, steps, sums + n);
+    chunk_tile<Mode, kRows, kTileVectors, kStart, kAhead>(rows, step, b + n, steps, sums + n);
 }
 
-template <class Mode, bool kAhead>
+template <class Mode, bool kStart, bool kAhead>
 inline void last_rows(const typename Mode::Cell* const* rows, int64_t count, int64_t step, const typename Mode::Cell* b,
                       int64_t steps, typename Mode::Acc* sums) {
   switch (count) {
     case 1:
-      return chunk_rows<Mode, 1, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 1, kStart, kAhead>(rows, step, b, steps, sums);
     case 2:
-      return chunk_rows<Mode, 2, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 2, kStart, kAhead>(rows, step, b, steps, sums);
     case 3:
-      return chunk_rows<Mode, 3, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 3, kStart, kAhead>(rows, step, b, steps, sums);
     case 4:
-      return chunk_rows<Mode, 4, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 4, kStart, kAhead>(rows, step, b, steps, sums);
     case 5:
-      return chunk_rows<Mode, 5, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 5, kStart, kAhead>(rows, step, b, steps, sums);
     default:
       return;
   }
 }
 
-// ahead: fetch the chunk behind this one, which lies next to it in memory, while the first tile runs.
-template <class Mode>
-__attribute__((noinline)) void chunk_product(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
-                                             const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
-                                             bool ahead) {
-  if (ahead && count < kTileRows) return last_rows<Mode, true>(rows, count, step, b, steps, sums);
+// Only the first tile fetches: those behind it find the same lines on their way.
+template <class Mode, bool kStart>
+__attribute__((noinline)) void chunk_tiles(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
+                                           const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
+                                           bool ahead) {
+  if (ahead && count < kTileRows) return last_rows<Mode, kStart, true>(rows, count, step, b, steps, sums);
   int64_t r = 0;
   if (ahead) {
-    chunk_rows<Mode, kTileRows, true>(rows, step, b, steps, sums);
+    chunk_rows<Mode, kTileRows, kStart, true>(rows, step, b, steps, sums);
     r = kTileRows;
   }
   for (; r + kTileRows <= count; r += kTileRows)
-    chunk_rows<Mode, kTileRows, false>(rows + r, step, b, steps, sums + r * kPanel);
-  last_rows<Mode, false>(rows + r, count - r, step, b, steps, sums + r * kPanel);
+    chunk_rows<Mode, kTileRows, kStart, false>(rows + r, step, b, steps, sums + r * kPanel);
+  last_rows<Mode, kStart, false>(rows + r, count - r, step, b, steps, sums + r * kPanel);
+}
+
+template <class Mode>
+inline void chunk_product(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
+                          const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums, ChunkOptions options) {
+  options.start ? chunk_tiles<Mode, true>(rows, count, step, b, steps, sums, options.ahead)
+                : chunk_tiles<Mode, false>(rows, count, step, b, steps, sums, options.ahead);
 }
 
 // ---- chunks of a weight matrix -------------------------------------------------------------------------------------
@@ -427,12 +441,12 @@ inline void panel_sums(const LinearPart& part, const Matrix& matrix, int64_t col
   const int64_t steps = panel.steps();
   if (matrix.format == WeightFormat::kPlain && count <= kFewRows && steps <= kFewSteps<Mode>)
     return few_sums<Mode>(part, matrix, column, first, count, scratch, sums);
-  clear(sums, count * kPanel);
+  if (steps == 0) clear(sums, count * kPanel);
   for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
     const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
     row_cells<Mode>(part.x, part.in, first, count, k, here, scratch);
     const auto* b = panel.chunk(k, here, scratch.b);
-    chunk_product<Mode>(scratch.rows, count, 1, b, here, sums, panel.in_place());
+    chunk_product<Mode>(scratch.rows, count, 1, b, here, sums, {.start = k == 0, .ahead = panel.in_place()});
   }
 }
 
@@ -449,30 +463,49 @@ void forward_panel(const LinearPart& part, int64_t panel, char* memory) {
   }
 }
 
-// grad_x of columns [panel * 64, + 64): B is the weight matrix as it lies, two rows of it to a pair.
+// Columns of a gradient that one item owns: some panels, which share what is packed or read for them.
+template <class Part>
+struct GradientColumns {
+  int64_t begin, panels;
+  const Part& part;
+
+  GradientColumns(const Part& p, int64_t group) : begin(group * kGradientPanels * kPanel), part(p) {
+    const int64_t left = (p.in - begin + kPanel - 1) / kPanel;
+    panels = left < kGradientPanels ? left : kGradientPanels;
+  }
+  int64_t column(int64_t panel) const { return begin + panel * kPanel; }
+  int64_t width(int64_t panel) const { return part.in - column(panel) < kPanel ? part.in - column(panel) : kPanel; }
+};
+
+// B is the weight matrix as it lies, two rows of it to a pair.
 template <class Mode>
-void grad_x_panel(const LinearGradXPart& part, int64_t panel, char* memory) {
+void grad_x_group(const LinearGradXPart& part, int64_t group, char* memory) {
   using T = typename Mode::T;
   const PanelScratch<Mode> scratch(memory);
-  const int64_t column = panel * kPanel;
-  const int64_t width = part.in - column < kPanel ? part.in - column : kPanel;
+  const GradientColumns columns(part, group);
+  const auto sums = [&](int64_t panel) { return scratch.sums + panel * kRowBlock * kPanel; };
   const int64_t steps = round_up(part.out, Mode::kPair) / Mode::kPair;
   for (int64_t first = 0; first < part.rows; first += kRowBlock) {
     const int64_t count = part.rows - first < kRowBlock ? part.rows - first : kRowBlock;
-    clear(scratch.sums, count * kPanel);
-    for (int64_t s = 0; s < part.source_count; ++s)
+    if (part.source_count == 0 || steps == 0) clear(scratch.sums, kGradientPanels * kRowBlock * kPanel);
+    for (int64_t s = 0; s < part.source_count; ++s) {
+      const T* weight = static_cast<const T*>(part.sources[s].weight);
       for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
         const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
         row_cells<Mode>(part.sources[s].grad_y, part.out, first, count, k, here, scratch);
-        const T* weight = static_cast<const T*>(part.sources[s].weight);
-        pack_matrix_rows<Mode>(scratch.b, kPanel, {weight + column, nullptr, part.in}, k, here, part.out, width);
-        chunk_product<Mode>(scratch.rows, count, 1, scratch.b, here, scratch.sums, false);
+        for (int64_t p = 0; p < columns.panels; ++p) {
+          const ConstRows b{weight + columns.column(p), nullptr, part.in};
+          pack_matrix_rows<Mode>(scratch.b, kPanel, b, k, here, part.out, columns.width(p));
+          chunk_product<Mode>(scratch.rows, count, 1, scratch.b, here, sums(p), {.start = s == 0 && k == 0});
+        }
       }
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t target = part.grad_x.index ? part.grad_x.index[first + r] : first + r;
-      T* to = static_cast<T*>(part.grad_x.data) + target * part.grad_x.stride + column;
-      store_row(to, scratch.sums + r * kPanel, width);
     }
+    for (int64_t p = 0; p < columns.panels; ++p)
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t target = part.grad_x.index ? part.grad_x.index[first + r] : first + r;
+        T* to = static_cast<T*>(part.grad_x.data) + target * part.grad_x.stride + columns.column(p);
+        store_row(to, sums(p) + r * kPanel, columns.width(p));
+      }
   }
 }
 
@@ -501,41 +534,36 @@ struct WeightGradientBlock {
   }
 };
 
-// grad_weight of columns [group * 192, + 192): the reduction runs along the rows of x and grad_y.
+// The reduction runs along the rows of x and grad_y.
 template <class Mode>
 void grad_weight_group(const LinearGradWeightPart& part, int64_t group, char* memory) {
   using T = typename Mode::T;
   using Cell = typename Mode::Cell;
   const PanelScratch<Mode> scratch(memory);
-  const int64_t begin = group * kGradientPanels * kPanel;
-  const int64_t panels =
-      round_up(part.in - begin < kGradientPanels * kPanel ? part.in - begin : kGradientPanels * kPanel, kPanel) /
-      kPanel;
+  const GradientColumns columns(part, group);
   const int64_t steps = round_up(part.rows, Mode::kPair) / Mode::kPair;
   const bool kept = steps <= kKeptChunks * kChunk<Mode>;
+  const auto sums = [&](int64_t panel) { return scratch.sums + panel * kOutputBlock * kPanel; };
   for (int64_t output = 0; output < part.out; output += kOutputBlock) {
     const int64_t outputs = part.out - output < kOutputBlock ? part.out - output : kOutputBlock;
-    const auto block = [&](int64_t panel) {
-      const int64_t column = begin + panel * kPanel;
-      return WeightGradientBlock<Mode>{part, output, outputs, column,
-                                       part.in - column < kPanel ? part.in - column : kPanel};
+    const auto block = [&](int64_t p) {
+      return WeightGradientBlock<Mode>{part, output, outputs, columns.column(p), columns.width(p)};
     };
-    const auto sums = [&](int64_t panel) { return scratch.sums + panel * kOutputBlock * kPanel; };
-    for (int64_t p = 0; p < panels; ++p) block(p).start(sums(p));
+    const bool from_zero = !part.accumulate && steps > 0;
+    for (int64_t p = 0; p < columns.panels && !from_zero; ++p) block(p).start(sums(p));
     for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
       const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
       const ConstRows grad_y{static_cast<const T*>(part.grad_y.data) + output, part.grad_y.index, part.grad_y.stride};
       pack_matrix_rows<Mode>(scratch.a, kOutputBlock, grad_y, k, here, part.rows, outputs);
       for (int64_t m = 0; m < outputs; ++m) scratch.rows[m] = scratch.a + m;
-      for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t p = 0; p < columns.panels; ++p) {
         Cell* b = scratch.b + ((kept ? k / kChunk<Mode> : 0) * kGradientPanels + p) * kChunk<Mode> * kPanel;
-        const int64_t column = begin + p * kPanel;
-        const ConstRows x{static_cast<const T*>(part.x.data) + column, part.x.index, part.x.stride};
-        if (!kept || output == 0) pack_matrix_rows<Mode>(b, kPanel, x, k, here, part.rows, block(p).width);
-        chunk_product<Mode>(scratch.rows, outputs, kOutputBlock, b, here, sums(p), false);
+        const ConstRows x{static_cast<const T*>(part.x.data) + columns.column(p), part.x.index, part.x.stride};
+        if (!kept || output == 0) pack_matrix_rows<Mode>(b, kPanel, x, k, here, part.rows, columns.width(p));
+        chunk_product<Mode>(scratch.rows, outputs, kOutputBlock, b, here, sums(p), {.start = from_zero && k == 0});
       }
     }
-    for (int64_t p = 0; p < panels; ++p) block(p).finish(sums(p));
+    for (int64_t p = 0; p < columns.panels; ++p) block(p).finish(sums(p));
   }
 }
 
@@ -545,7 +573,7 @@ int64_t panel_scratch() {
 }
 
 template <class Mode>
-constexpr LinearKernels kLinear{panel_scratch<Mode>, forward_panel<Mode>, grad_x_panel<Mode>, grad_weight_group<Mode>};
+constexpr LinearKernels kLinear{panel_scratch<Mode>, forward_panel<Mode>, grad_x_group<Mode>, grad_weight_group<Mode>};
 
 }  // namespace
 }  // namespace micro_kernels::cpu
