@@ -392,6 +392,65 @@ def routing_entropy(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     return (h * m).sum(-1) / m.sum().clamp(min=1)
 
 
+def _uniform(seed: int, step: int) -> float:
+    """A number in [0, 1) by Philox 4x32-10 (Salmon et al. 2011), key = seed, counter = step."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3, k0, k1 = step & word, step >> 32 & word, 0, 0, seed & word, seed >> 32 & word
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & word, (a >> 32) ^ c3 ^ k1, a & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return ((c0 << 32 | c1) >> 11) * 2.0**-53
+
+
+def _kept_shares(z: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Probabilities of one row after top-k and top-p, in float64; ties at the k-th place stay."""
+    z = z.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if top_k:
+        z = z.masked_fill(z < z.topk(min(top_k, len(z))).values[-1], -math.inf)
+    p = (z == math.inf).double() if (z == math.inf).any() else z.softmax(0)
+    p, order = (p / p.sum()).sort(descending=True, stable=True)
+    before = p.cumsum(0) - p
+    keep = (before < top_p) | (torch.arange(len(z)) == 0)
+    p = torch.zeros_like(p).scatter(0, order, p * keep)
+    return p / p.sum()
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    previous: Tensor | None = None,
+    min_new_tokens: int = 0,
+    stop_ids: Tensor | None = None,
+    seeds: Tensor | None = None,
+    steps: Tensor | None = None,
+) -> Tensor:
+    """The next token of each row: the first id at which the summed shares exceed the row's uniform number."""
+    z = logits.detach().to(wide(logits.dtype), copy=True)
+    out = []
+    for b, row in enumerate(z):
+        if previous is not None:
+            ids = previous[b][(previous[b] >= 0) & (previous[b] < len(row))]
+            row[ids] = torch.where(row[ids] < 0, row[ids] * repetition_penalty, row[ids] / repetition_penalty)
+        if steps is not None and stop_ids is not None and int(steps[b]) < min_new_tokens:
+            row[stop_ids[(stop_ids >= 0) & (stop_ids < len(row))]] = -math.inf
+        numbers = ~row.isnan()
+        above = row.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        if temperature == 0 or not (above > -math.inf).any():
+            best = numbers & (above == above.max())
+            out.append(int(best.int().argmax()))
+            continue
+        assert seeds is not None and steps is not None
+        reached = _kept_shares(row / temperature, top_k, top_p).cumsum(0)
+        u = _uniform(int(seeds[b]), int(steps[b])) * float(reached[-1])
+        out.append(int(torch.searchsorted(reached, u, right=True)))
+    return torch.tensor(out, dtype=torch.int64)
+
+
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Square root of the sum of all squares, in float64: what clipping by the global norm divides by. A scalar."""
     return torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
