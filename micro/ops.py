@@ -606,7 +606,7 @@ def block_forward(
     without the memory traffic and the calls between them.
 
     Args:
-        x: ``[T, H]`` = ``[B * S, H]``, float32, float64 or bfloat16.
+        x: ``[B, S, H]`` or ``[T, H]`` with ``T = B * S``, float32, float64 or bfloat16.
         parameters: of the layer, in the dtype of ``x``.
         cos: ``[T, D / 2]`` float32 (float64 for float64); ``D`` is a multiple of 8, at most 256.
         sin: like ``cos``.
@@ -631,7 +631,7 @@ def block_forward(
         run_router: with ``rows``: run the router although it decides nothing, for its logits.
 
     Returns:
-        ``[T, H]``; the router's logits ``[T, E]`` or ``None`` where it did not run; the decision.
+        A tensor like ``x``; the router's logits ``[T, E]`` or ``None`` where it did not run; the decision.
 
     Raises:
         ValueError: a shape, device, id or ``k`` does not fit.

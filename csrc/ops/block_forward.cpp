@@ -107,15 +107,15 @@ struct Sizes {
 
   Sizes(const Tensor& x, const BlockParameters& p, const Tensor& cos, int64_t heads_, bool whole_block, int64_t slots)
       : heads(heads_) {
-    Argument{kName, "x", x}.has_dims(2, "[B * slots, H]");
+    TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, kName, ": x must be [B * S, H] or [B, S, H], got ", x.sizes());
     Argument{kName, "cos", cos}.has_dims(2, "[T, D / 2]");
     Argument{kName, "k_proj", p.k_proj}.has_dims(3, "[E, G * D, H], or [G * D, H] under FFN experts");
     Argument{kName, "gate_proj", p.gate_proj}.has_dims(3, "[E, F, H]");
-    tokens = x.size(0);
+    hidden = x.size(-1);
+    tokens = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
     TORCH_CHECK_VALUE(slots > 0 && tokens % slots == 0, kName, ": slots must divide the ", tokens, " tokens, got ",
                       slots);
     batch = tokens / slots;
-    hidden = x.size(1);
     head_dim = cos.size(1) * 2;
     TORCH_CHECK_VALUE(head_dim > 0 && head_dim <= kLargestHead && head_dim % kHeadStep == 0, kName,
                       ": the head size, twice the width of cos, must be a multiple of ", kHeadStep, " up to ",
@@ -295,7 +295,8 @@ thread_local int64_t Workspace::kept_size = 0;
 
 Results allocate(const Tensor& x, int64_t experts, int64_t k, bool folded, bool run_router) {
   const auto wide = x.options().dtype(accumulator_dtype(x));
-  const c10::SymInt tokens = x.sym_size(0);
+  c10::SymInt tokens = x.sym_size(0);
+  if (x.dim() == 3) tokens = tokens * x.sym_size(1);
   return {at::empty_symint(x.sym_sizes(), x.options()),
           at::empty_symint({run_router ? tokens : c10::SymInt(0), experts}, folded ? wide : x.options()),
           at::empty_symint({tokens, k}, x.options().dtype(at::kInt)),

@@ -23,11 +23,41 @@ class MiCRoCacheLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # Keys and values [B,E,G,capacity,D], and the same with E and G as one axis.
+        # Keys and values [B,E,G,capacity,D], how many slots of them are cached (None: what `keys` and `values` were set
+        # to counts), and views of those slots with E and G as one axis, made when somebody asks for them.
         self._stores: tuple[Tensor, Tensor] | None = None
-        self._flat: tuple[Tensor, Tensor] | None = None
-        self._views: tuple[Tensor, Tensor] | None = None
+        self._length: int | None = None
+        self._shown: tuple[Tensor | None, Tensor | None] | None = (None, None)
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The cached keys [B,E*G,J,D]."""
+        return self._show()[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._shown, self._length = (keys, self._show()[1]), None
+
+    @property
+    def values(self) -> Tensor | None:
+        """The cached values [B,E*G,J,D]."""
+        return self._show()[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._shown, self._length = (self._show()[0], values), None
+
+    def _show(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._shown is None:
+            assert self._stores is not None
+            keys, values = (store.flatten(1, 2).narrow(2, 0, self._length or 0) for store in self._stores)
+            self._shown = (keys, values)
+        return self._shown
+
+    def get_seq_length(self) -> int:
+        """Number of cached slots."""
+        return super().get_seq_length() if self._length is None else self._length
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add S slots, keys and values [B,E,G,S,D] (any strides); return all of them as [B,E,G,J,D]."""
@@ -53,7 +83,9 @@ class MiCRoCacheLayer(DynamicLayer):
         old = self.get_seq_length()
         for store, part in zip(self.room(keys, batch, experts, groups, size, new), (keys, values), strict=True):
             store[:, :, :, old : old + new].copy_(part)
-        return self.filled(old + new)
+        self.filled(old + new)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
 
     def room(self, like: Tensor, batch: int, experts: int, groups: int, size: int, new: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B,E,G,capacity,D] with room for ``new`` slots behind the cached ones, dtype and device as
@@ -61,41 +93,39 @@ class MiCRoCacheLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(like, like)
-        old = self.get_seq_length()
-        # Not cropped, reordered or replaced from outside.
-        mine = self._views is not None and self._views[0] is self.keys and self._views[1] is self.values
-        writable = self._stores is not None and (
-            torch.is_inference_mode_enabled() or not self._stores[0].is_inference()
-        )
-        if mine and writable and self._stores is not None and self._stores[0].shape[3] >= old + new:
-            return self._stores
+        old, stores = self.get_seq_length(), self._stores
+        if stores is not None and self._length is not None and stores[0].shape[3] >= old + new:
+            same = old > 0 or (stores[0].shape[:3] == (batch, experts, groups) and stores[0].dtype == like.dtype)
+            if same and (torch.is_inference_mode_enabled() or not stores[0].is_inference()):
+                return stores
         capacity = -(-max(old + new, old + old // 4) // _CHUNK) * _CHUNK
-        stores = tuple(like.new_empty(batch, experts, groups, capacity, size) for _ in range(2))
-        self._flat = (stores[0].flatten(1, 2), stores[1].flatten(1, 2))
-        for flat, cached in zip(self._flat, (self.keys, self.values), strict=True):
-            if old and cached is not None:
-                flat[:, :, :old].copy_(cached)
-        self._stores = (stores[0], stores[1])
-        return self._stores
+        stores = (
+            like.new_empty(batch, experts, groups, capacity, size),
+            like.new_empty(batch, experts, groups, capacity, size),
+        )
+        if old:
+            for store, cached in zip(stores, self._show(), strict=True):
+                assert cached is not None
+                store[:, :, :, :old].copy_(cached.unflatten(1, (experts, groups)))
+        # From outside nothing has changed; what is cached lies in the new stores now.
+        self._stores, self._length, self._shown = stores, old, None
+        return stores
 
-    def filled(self, length: int) -> tuple[Tensor, Tensor]:
+    def filled(self, length: int) -> None:
         """The first ``length`` slots of the stores are the cached ones from now on."""
-        assert self._flat is not None
-        self.keys, self.values = (flat.narrow(2, 0, length) for flat in self._flat)
-        self._views = (self.keys, self.values)
-        return self._views
+        self._length, self._shown = length, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last slots (a count <= 0, as in transformers). The store is kept."""
-        mine = self._views is not None and self._views[0] is self.keys
-        super().crop(tokens_to_remove)
-        if mine and self.keys is not None and self.values is not None:
-            self._views = (self.keys, self.values)
+        if self._length is None or tokens_to_remove > 0:
+            super().crop(tokens_to_remove)
+        else:
+            self.filled(max(0, self._length + tokens_to_remove))
 
     def reset(self) -> None:
         """Forget all slots and free the store."""
-        self._stores = self._flat = self._views = None
         super().reset()
+        self._stores = None
 
 
 class MiCRoCache(Cache):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ class Call:
     """One forward pass over B rows of S slots after C cached ones.
 
     mask: what :func:`micro.ops.expert_attention` takes (None, bool [B,J], or [B|1,S,J]); real: bool [T], None = every
-    token is real; cos, sin: [T,D/2] float32 or float64; tokens: int32 [T]; whole: int32 [2] = [0, T], the offsets of a
-    plan with one expert; fused: a layer may be one operator call (micro/modeling/fused.py).
+    token is real; cos, sin: [T,D/2] float32 or float64; fused: a layer may be one operator call
+    (micro/modeling/fused.py).
     """
 
     rows: int
@@ -31,9 +32,15 @@ class Call:
     cos: Tensor
     sin: Tensor
     cache: Cache | None
-    tokens: Tensor
-    whole: Tensor
     fused: bool = False
+
+    @cached_property
+    def everyone(self) -> tuple[Tensor, Tensor]:
+        """Tokens int32 [T] and offsets int32 [2] of a plan with one expert that has every token."""
+        count, device = self.rows * self.slots, self.cos.device
+        return torch.arange(count, dtype=torch.int32, device=device), torch.tensor(
+            [0, count], dtype=torch.int32, device=device
+        )
 
     @property
     def length(self) -> int:
@@ -105,10 +112,23 @@ def rotary_tables(config: MiCRoConfig, positions: Tensor, dtype: torch.dtype) ->
     """Tables cos and sin [T,D/2] for positions [T]. Angles are float32; Llama rounds the tables to the model dtype,
     OLMo-2 does not (model.md 2.2).
     """
-    frequencies = ops.rope_frequencies(int(config.head_dim or 0), config.rope_theta_value, config.rope_scaling_value)
+    frequencies = _frequencies(int(config.head_dim or 0), config.rope_theta_value, config.rope_scaling_value)
     angles = positions[:, None].float() * frequencies.to(positions.device)
     tables = (angles.cos(), angles.sin())
     if config.backbone == "llama":
         tables = tuple(table.to(dtype) for table in tables)  # type: ignore[assignment]
     wide = torch.promote_types(dtype, torch.float32)
     return tables[0].to(wide), tables[1].to(wide)
+
+
+def _frequencies(size: int, theta: float, scaling: tuple[float, float, float, float] | None) -> Tensor:
+    """As :func:`micro.ops.rope_frequencies`; made once, except while tracing, where tensors are not real."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return ops.rope_frequencies(size, theta, scaling)
+    return _kept_frequencies(size, theta, scaling)
+
+
+@lru_cache(maxsize=16)
+def _kept_frequencies(size: int, theta: float, scaling: tuple[float, float, float, float] | None) -> Tensor:
+    with torch.inference_mode(False):
+        return ops.rope_frequencies(size, theta, scaling)

@@ -45,7 +45,7 @@ class MiCRoAttention(nn.Module):
         k, v = (t.view(shape).transpose(2, 3) for t in (k, v))
         if call.cache is not None:
             k, v = append_to_cache(call.cache, self.index, k, v, call.length)
-        a = ops.expert_attention(q, k, v, call.tokens, call.whole, slots=call.slots, start=call.start, mask=call.mask)
+        a = ops.expert_attention(q, k, v, *call.everyone, slots=call.slots, start=call.start, mask=call.mask)
         out: Tensor = self.o_proj(a.flatten(1))
         return out
 

@@ -4,6 +4,7 @@ difference: plain parameters, no hook, no adapter, no tracing. The results are t
 
 from __future__ import annotations
 
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,31 +24,26 @@ if TYPE_CHECKING:
 
 # Where a parameter lies: the submodule that holds its module (None: the layer itself), the module's name and class.
 Place = tuple[str | None, str, type[nn.Module]]
-# Every parameter of BlockParameters but the router's, in its order; None where the family has none.
+# The places of BlockParameters, in its order; None where the family has no such parameter.
 Layout = tuple[Place | None, ...]
 
 
 def _layout(config: MiCRoConfig) -> Layout:
     olmo = config.backbone == "olmo2"
-    maps = ("q_proj", "k_proj", "v_proj", "o_proj")
-    ffn: Layout = tuple(("blocks", name, StackedLinear) for name in ("gate_proj", "up_proj", "down_proj"))
-    if config.is_block:
-        names = (
-            None if olmo else "input_norm",
-            "post_attention_norm",
-            *(("post_ffn_norm", "q_norm", "k_norm") if olmo else (None, None, None)),
-        )
-        norms: Layout = tuple(None if name is None else ("blocks", name, StackedNorm) for name in names)
-        return (*(("blocks", name, StackedLinear) for name in maps), *ffn, *norms)
-    return (
-        *(("self_attn", name, Linear) for name in maps),
-        *ffn,
-        None if olmo else (None, "input_layernorm", RMSNorm),
-        (None, "post_attention_layernorm", RMSNorm),
-        (None, "post_feedforward_layernorm", RMSNorm) if olmo else None,
-        ("self_attn", "q_norm", RMSNorm) if olmo else None,
-        ("self_attn", "k_norm", RMSNorm) if olmo else None,
+    attention, linear = ("blocks", StackedLinear) if config.is_block else ("self_attn", Linear)
+    maps: Layout = (
+        *((attention, name, linear) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *(("blocks", name, StackedLinear) for name in ("gate_proj", "up_proj", "down_proj")),
+        ("router", "in_proj", RouterMap),
+        ("router", "out_proj", RouterMap),
     )
+    if config.is_block:
+        outer = ("input_norm", "post_attention_norm", "post_ffn_norm")
+        norms: Layout = tuple(("blocks", name, StackedNorm) for name in (*outer, "q_norm", "k_norm"))
+    else:
+        outer = ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
+        norms = (*((None, name, RMSNorm) for name in outer), *((attention, n, RMSNorm) for n in ("q_norm", "k_norm")))
+    return (*maps, *(place if here else None for place, here in zip(norms, (not olmo, True, *[olmo] * 3), strict=True)))
 
 
 def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
@@ -69,17 +65,47 @@ def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
     )
 
 
-def _untouched(module: nn.Module) -> bool:
-    """No hook, and no forward of its own (as offloading libraries set one)."""
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+_NO_PARAMETER: dict[str, Tensor | None] = {}
+_WEIGHTS = frozenset((nn.Parameter, Tensor, type(None)))
+_has_own_forward = methodcaller("__contains__", "forward")  # as offloading libraries set one
 
 
-def _weight(module: nn.Module | None, kind: type[nn.Module]) -> Tensor | None:
-    """The parameter of a plain module; None if calling the module might do something else than apply it."""
-    if type(module) is not kind or not _untouched(module):
-        return None
-    weight = module._parameters.get("weight")
-    return weight if type(weight) in (nn.Parameter, Tensor) else None
+class PlainModules:
+    """The submodules of a layer as they were found, and a quick look whether calling them would do nothing else than
+    apply their parameters: nobody hooked, replaced, reparametrised or wrapped one. Whole lists are compared at once,
+    because this runs for every layer of every decoded token.
+    """
+
+    def __init__(self, layer: nn.Module, layout: Layout) -> None:
+        self.root = layer._modules
+        places: list[Place] = [place for place in layout if place is not None]
+        places.append((None, "router", MiCRoRouter))
+        if (attention := self.root.get("self_attn")) is not None:
+            places.append((None, "self_attn", type(attention)))
+        holders = [layer if name is None else layer.get_submodule(name) for name, _, _ in places]
+        self.places = [(holder._modules, name) for holder, (_, name, _) in zip(holders, places, strict=True)]
+        self.kinds = [kind for _, _, kind in places]
+        self.modules = [modules.get(name) for modules, name in self.places]
+        found = [module for module in self.modules if module is not None]
+        self.hooks = [hooks for m in found for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.namespaces = [module.__dict__ for module in found]
+        self.parameters, self.gaps = [], layout.count(None)
+        modules = iter(self.modules)
+        for place in layout:
+            module = None if place is None else next(modules)
+            self.parameters.append(_NO_PARAMETER if module is None else module._parameters)
+
+    def weights(self) -> list[Tensor | None] | None:
+        """What BlockParameters holds, in its order; None if one of the modules is not plain at this moment."""
+        if any(self.hooks) or any(map(_has_own_forward, self.namespaces)):
+            return None
+        if [modules.get(name) for modules, name in self.places] != self.modules:
+            return None
+        if list(map(type, self.modules)) != self.kinds:
+            return None
+        weights = [parameters.get("weight") for parameters in self.parameters]
+        types = list(map(type, weights))
+        return weights if types.count(type(None)) == self.gaps and _WEIGHTS.issuperset(types) else None
 
 
 class FusedLayer:
@@ -90,6 +116,7 @@ class FusedLayer:
         self.eps = float(config.rms_norm_eps or 0)
         self.experts = config.num_experts if config.is_block else 1
         self.heads = (config.num_attention_heads, int(config.num_key_value_heads or 0), int(config.head_dim or 0))
+        self._plain: PlainModules | None = None
 
     def run(
         self, layer: nn.Module, hidden: Tensor, bias: Tensor | None, call: Call, controls: LayerControls
@@ -111,7 +138,7 @@ class FusedLayer:
             store = own
             keys, values = store.room(hidden, call.rows, self.experts, *self.heads[1:], call.slots)
         y, raw, routing = ops.block_forward(
-            hidden.view(-1, hidden.shape[-1]) if hidden.is_contiguous() else hidden.reshape(-1, hidden.shape[-1]),
+            hidden,
             parameters,
             call.cos,
             call.sin,
@@ -135,39 +162,27 @@ class FusedLayer:
         )
         if store is not None:
             store.filled(call.length)
-        return y.view(hidden.shape), raw, routing
+        return y, raw, routing
 
     def _parameters(self, layer: nn.Module) -> BlockParameters | None:
-        modules = layer._modules
-        router = self._router(modules["router"])
-        if router is None:
-            return None
-        found: list[Tensor | None] = []
-        for place in self.layout:
-            if place is None:
-                found.append(None)
-                continue
-            holder = layer if place[0] is None else modules[place[0]]
-            assert holder is not None
-            weight = _weight(holder._modules.get(place[1]), place[2])
-            if weight is None:
+        plain = self._plain
+        weights = None if plain is None or plain.root is not layer._modules else plain.weights()
+        if weights is None:
+            # Found anew: a replaced module may be plain as well.
+            self._plain = plain = PlainModules(layer, self.layout)
+            weights = plain.weights()
+            if weights is None:
                 return None
-            found.append(weight)
-        attention = modules.get("self_attn")
-        if attention is not None and not _untouched(attention):
-            return None
-        return BlockParameters._make([*found[:7], *router, *found[7:]])
+        parameters = BlockParameters._make(weights)
+        router = layer._modules["router"]
+        assert isinstance(router, MiCRoRouter)
+        if router.folds():
+            return parameters._replace(router_in=None, router_out=router.folded_weight())
+        return parameters
 
-    @staticmethod
-    def _router(router: nn.Module | None) -> tuple[Tensor | None, Tensor] | None:
-        """Its two maps, or None and the folded one."""
-        if type(router) is not MiCRoRouter or not _untouched(router):
-            return None
-        maps = router._modules
-        first, second = _weight(maps["in_proj"], RouterMap), _weight(maps["out_proj"], RouterMap)
-        if first is None or second is None:
-            return None
-        return (None, router.folded_weight()) if router.folds() else (first, second)
+    def __getstate__(self) -> dict[str, object]:
+        """Copies look at their own modules."""
+        return {**self.__dict__, "_plain": None}
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

@@ -18,7 +18,7 @@ from micro.modeling import keys
 from micro.modeling.block import MiCRoBlockLayer
 from micro.modeling.bound import BoundSteering
 from micro.modeling.cache import MiCRoCache, check_cache
-from micro.modeling.call import Call, Memo, attention_masks, rotary_tables
+from micro.modeling.call import Call, LayerControls, Memo, attention_masks, rotary_tables
 from micro.modeling.companions import UpcycleReceipt, read_companions, receipt_of, write_companions
 from micro.modeling.config import MiCRoConfig
 from micro.modeling.ffn_block import MiCRoFFNLayer
@@ -255,15 +255,14 @@ class MiCRoModel(MiCRoPreTrainedModel):
             cache = MiCRoCache(self.config)
         start = 0 if cache is None else int(cache.get_seq_length())
         attention, real = attention_masks(mask, rows, slots, start)
-        tokens = torch.arange(rows * slots, dtype=torch.int32, device=x.device)
         if positions is None:
-            flat = torch.arange(start, start + slots, device=x.device).repeat(rows)
+            flat = torch.arange(start, start + slots, device=x.device)
+            flat = flat if rows == 1 else flat.repeat(rows)
         else:
             flat = positions.to(x.device).expand(rows, slots).reshape(-1)
         cos, sin = rotary_tables(self.config, flat, x.dtype)
-        whole = torch.tensor([0, rows * slots], dtype=torch.int32, device=x.device)
         rule, fused = self.config.weight_rule, can_fuse(self.config, x, cache)
-        return Call(rows, slots, start, k, rule, attention, real, cos, sin, cache, tokens, whole, fused)
+        return Call(rows, slots, start, k, rule, attention, real, cos, sin, cache, fused)
 
     def _run_layers(
         self, x: Tensor, call: Call, bound: BoundSteering, raw: bool, keep_hidden: bool
@@ -271,10 +270,12 @@ class MiCRoModel(MiCRoPreTrainedModel):
         checkpointed = self.gradient_checkpointing and self.training
         noise = float(self.config.jitter_noise) if self.training else 0.0
         records, hidden = [], []
+        # Without steering all layers may share one object.
+        free = LayerControls() if bound.steering.free and not checkpointed and not noise else None
         for index, layer in enumerate(self.layers):
             if keep_hidden:
                 hidden.append(x)
-            controls = bound.layer(index)
+            controls = free or bound.layer(index)
             controls.run_router = controls.run_router or raw
             controls.memo = Memo() if checkpointed else None
             if noise:

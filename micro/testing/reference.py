@@ -264,6 +264,10 @@ def block_forward(
 
     keys and values [B,E|1,G,J,D] are read below slot ``start`` and written from there on; None: there is no cache.
     """
+    if x.dim() == 3:
+        known = {name: value for name, value in locals().items() if name != "x"}
+        y, raw, routing = block_forward(x.flatten(0, 1), **known)
+        return y.view(x.shape), raw, routing
     p, experts, size = parameters, parameters.gate_proj.shape[0], 2 * cos.shape[-1]
     olmo = p.post_ffn_norm is not None
 

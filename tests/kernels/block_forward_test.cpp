@@ -254,7 +254,7 @@ TYPED_TEST(BlockForward, RaggedRowsAreSingleRows) {
   }
 }
 
-TEST(BlockForward, DecodingTakesSixRegions) {
+TEST(BlockForward, DecodingTakesAtMostSixRegions) {
   for (const bool whole : {true, false})
     for (const bool lazy : {false, true}) {
       if (lazy && !whole) continue;
@@ -269,7 +269,8 @@ TEST(BlockForward, DecodingTakesSixRegions) {
         ASSERT_EQ(run(p), Status::kOk);
         regions = std::max(regions, call.regions);
       }
-      EXPECT_EQ(regions, 6);
+      EXPECT_LE(regions, 6);
+      EXPECT_GE(regions, 4) << "products that are too large for one thread";
     }
 }
 

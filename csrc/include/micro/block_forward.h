@@ -12,12 +12,12 @@ namespace micro {
 // The parameters of one layer, as the Python model holds them. E experts; what FFN experts share (attention and norms)
 // has no axis E. A, G, D: query heads, key heads, head size; F: inner size; R: router width.
 struct BlockParameters {
-  at::Tensor q_proj, k_proj, v_proj, o_proj;     // [E, A D, H], [E, G D, H], [E, G D, H], [E, H, A D]
-  at::Tensor gate_proj, up_proj, down_proj;      // [E, F, H], [E, F, H], [E, H, F]
-  std::optional<at::Tensor> router_in;           // [R, H]; absent: the router is one folded map
-  at::Tensor router_out;                         // [E, R]; folded: [E, H], float32 (float64 for float64)
-  std::optional<at::Tensor> input_norm;          // [E, H]; Llama only
-  at::Tensor post_attention_norm;                // [E, H]
+  at::Tensor q_proj, k_proj, v_proj, o_proj;  // [E, A D, H], [E, G D, H], [E, G D, H], [E, H, A D]
+  at::Tensor gate_proj, up_proj, down_proj;   // [E, F, H], [E, F, H], [E, H, F]
+  std::optional<at::Tensor> router_in;        // [R, H]; absent: the router is one folded map
+  at::Tensor router_out;                      // [E, R]; folded: [E, H], float32 (float64 for float64)
+  std::optional<at::Tensor> input_norm;       // [E, H]; Llama only
+  at::Tensor post_attention_norm;             // [E, H]
   // These three together: norms behind attention and feed-forward part, norms of queries and keys, gains in the
   // accumulator type (OLMo-2).
   std::optional<at::Tensor> post_ffn_norm = {};  // [E, H]
@@ -36,7 +36,7 @@ struct BlockCall {
 };
 
 struct BlockResult {
-  at::Tensor y;                   // [T, H]
+  at::Tensor y;                   // like x
   std::optional<at::Tensor> raw;  // [T, E] router logits; absent where the router did not run
   Routing routing;
 };
@@ -46,7 +46,7 @@ struct BlockResult {
 // plan, permute, expert_linear, rope, expert_attention, swiglu and combine give in this order, without the memory
 // traffic between them.
 //
-// x:        [T, H] = [B * S, H], float32, float64 or bfloat16.
+// x:        [B, S, H] or [T, H] with T = B * S, float32, float64 or bfloat16.
 // cos, sin: [T, D / 2] float32 (float64 for float64); D a multiple of 8.
 // heads:    A; G is the width of k_proj over D.
 // routing:  k, and RouteOptions; with options.rows the router runs only if run_router.
