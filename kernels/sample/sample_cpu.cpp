@@ -41,19 +41,21 @@ int64_t blocks(int64_t vocab) { return (vocab + kSampleBlock - 1) / kSampleBlock
 // Working memory of one row.
 template <class Acc>
 struct Workspace {
-  Acc* scores;     // [vocab], later weights
-  double* sums;    // [blocks]
-  int32_t* ids;    // [vocab] candidates of top_p
-  Acc* largest_k;  // [top_k] a heap, its smallest first
+  Acc* scores;      // [vocab], later weights
+  double* sums;     // [blocks]
+  int32_t* ids;     // [vocab] candidates of top_p ...
+  Acc* candidates;  // [vocab] ... and their weights
+  Acc* largest_k;   // [top_k] a heap, its smallest first
 
   static int64_t bytes(const SampleParams& p) {
-    return blocks(p.vocab) * int64_t{sizeof(double)} + p.vocab * int64_t{sizeof(Acc) + sizeof(int32_t)} +
+    return blocks(p.vocab) * int64_t{sizeof(double)} + p.vocab * int64_t{2 * sizeof(Acc) + sizeof(int32_t)} +
            std::min(p.top_k, p.vocab) * int64_t{sizeof(Acc)};
   }
   Workspace(char* memory, const SampleParams& p) {
     sums = reinterpret_cast<double*>(memory);
     scores = reinterpret_cast<Acc*>(sums + blocks(p.vocab));
-    largest_k = scores + p.vocab;
+    candidates = scores + p.vocab;
+    largest_k = candidates + p.vocab;
     ids = reinterpret_cast<int32_t*>(largest_k + std::min(p.top_k, p.vocab));
   }
 };
@@ -170,33 +172,52 @@ class Row {
     return last >= 0 ? last : draw_in_block(block - 1, kInfinity);
   }
 
-  // The ids that top_p keeps, ascending. Only weights above a bound are sorted, a bound that leaves enough of them.
+  // The ids that top_p keeps, ascending. Only weights from a bound on are looked at, one that leaves enough of them.
   std::span<int32_t> nucleus() {
     const double enough = p_.top_p * std::accumulate(work_.sums, work_.sums + blocks(p_.vocab), 0.0);
-    std::span<int32_t> kept;
     constexpr Acc kAll = std::numeric_limits<Acc>::min();  // exp gives nothing between this and 0
-    for (Acc bound = Acc(1) / 16; kept.empty(); bound = bound > Acc(1e-6) ? bound / 16 : kAll) {
-      const std::span<int32_t> found = weights_from(bound);
-      const double sum = std::accumulate(found.begin(), found.end(), 0.0,
-                                         [&](double s, int32_t v) { return s + double(work_.scores[v]); });
-      if (sum >= enough || bound == kAll) kept = found;
+    std::span<int32_t> found;
+    for (Acc bound = Acc(1) / 16; found.empty(); bound = bound > Acc(1e-6) ? bound / 16 : kAll) {
+      const int64_t count = wide_.collect(work_.scores, p_.vocab, bound, work_.ids);
+      double sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(work_.candidates[i] = work_.scores[work_.ids[i]]);
+      if (sum >= enough || bound == kAll) found = {work_.ids, static_cast<size_t>(count)};
     }
-    const Acc* weights = work_.scores;
-    std::sort(kept.begin(), kept.end(),
-              [=](int32_t a, int32_t b) { return weights[a] > weights[b] || (weights[a] == weights[b] && a < b); });
-    size_t count = 0;
-    for (double before = 0; count < kept.size() && (count == 0 || before < enough); ++count)
-      before += static_cast<double>(weights[kept[count]]);
-    kept = kept.first(count);
-    std::sort(kept.begin(), kept.end());
-    return kept;
+    const Cut cut = cut_at(enough, {work_.candidates, found.size()});
+    size_t kept = 0;
+    double before = cut.above;
+    for (const int32_t v : found) {
+      const Acc weight = work_.scores[v];
+      if (weight < cut.weight || (weight == cut.weight && before >= enough && before > 0)) continue;
+      if (weight == cut.weight) before += static_cast<double>(weight);
+      found[kept++] = v;
+    }
+    return found.first(kept);
   }
 
-  std::span<int32_t> weights_from(Acc bound) {
-    size_t count = 0;
-    for (int64_t v = -1; (v = wide_.next(work_.scores, v + 1, p_.vocab, bound)) < p_.vocab;)
-      work_.ids[count++] = static_cast<int32_t>(v);
-    return {work_.ids, count};
+  // The weight at which `enough` is reached, descending, and the sum of all that are larger.
+  struct Cut {
+    Acc weight;
+    double above;
+  };
+
+  // By halves, like a selection: the part that holds the cut is divided again. Reorders the weights.
+  static Cut cut_at(double enough, std::span<Acc> weights) {
+    double above = 0;
+    for (;;) {
+      const Acc pivot = weights[weights.size() / 2];
+      const auto smaller = std::partition(weights.begin(), weights.end(), [=](Acc w) { return w > pivot; });
+      const double larger = std::accumulate(weights.begin(), smaller, 0.0);
+      if (smaller != weights.begin() && above + larger >= enough) {
+        weights = {weights.begin(), smaller};
+        continue;
+      }
+      const auto rest = std::partition(smaller, weights.end(), [=](Acc w) { return w == pivot; });
+      const double equal = static_cast<double>(pivot) * static_cast<double>(rest - smaller);
+      if (above + larger + equal >= enough || rest == weights.end()) return {pivot, above + larger};
+      above += larger + equal;
+      weights = {rest, weights.end()};
+    }
   }
 
   int64_t draw_from(std::span<const int32_t> kept, double u) const {

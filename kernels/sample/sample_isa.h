@@ -14,6 +14,8 @@ struct SampleLoop {
   Acc (*largest)(const T* x, int64_t count);
   // The first i >= from with x[i] >= bound, or count.
   int64_t (*next)(const T* x, int64_t from, int64_t count, Acc bound);
+  // The places of all x >= bound, ascending; ids has room for count. Returns how many.
+  int64_t (*collect)(const T* x, int64_t count, Acc bound, int32_t* ids);
   // y = x / divisor.
   void (*divide)(const T* x, Acc divisor, Acc* y, int64_t count);
   // x = exp(x - largest) where x >= least, else 0, also for NaN; sums: one per kSampleBlock weights. largest is finite.

@@ -69,6 +69,22 @@ int64_t next(const T* x, int64_t from, int64_t count, Acc bound) {
 }
 
 template <class T, class Acc>
+int64_t collect(const T* x, int64_t count, Acc bound, int32_t* ids) {
+  constexpr int64_t kWidth = kLanes<Acc>;
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const bool whole = i + kWidth <= count;
+    const Vec<Acc> v = whole ? load_wide<T, Acc>(x + i) : load_rest<T, Acc>(x + i, count - i);
+    if (!any_reaches<Acc>(v, bound)) continue;
+    for (int64_t lane = 0; lane < (whole ? kWidth : count - i); ++lane) {  // without a branch per element
+      ids[found] = static_cast<int32_t>(i + lane);
+      found += v[lane] >= bound;
+    }
+  }
+  return found;
+}
+
+template <class T, class Acc>
 void divide(const T* x, Acc divisor, Acc* y, int64_t count) {
   constexpr int64_t kWidth = kLanes<Acc>;
   int64_t i = 0;
@@ -108,7 +124,7 @@ void weigh(Acc* x, int64_t count, Acc largest, Acc least, double* sums) {
 }
 
 template <class T, class Acc>
-constexpr SampleLoop<T, Acc> kLoop = {largest<T, Acc>, next<T, Acc>, divide<T, Acc>, weigh<Acc>};
+constexpr SampleLoop<T, Acc> kLoop = {largest<T, Acc>, next<T, Acc>, collect<T, Acc>, divide<T, Acc>, weigh<Acc>};
 
 constexpr SampleLoops kLoops = {kLoop<float, float>, kLoop<double, double>, kLoop<uint16_t, float>};
 
