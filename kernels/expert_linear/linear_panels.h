@@ -47,11 +47,25 @@ struct PanelScratch {
 
 // ---- product of rows with one chunk --------------------------------------------------------------------------------
 
-// What a product does beside adding up: start from 0 rather than from what the sums hold, and fetch the chunk that lies
-// behind this one in memory.
+// Rows of a matrix that will be packed next. They are fetched bit by bit between the tiles of the product before: all
+// at once they would wait for memory.
+struct NextRows {
+  const char* data = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+
+  // The part of them that belongs to tile `tile` of `tiles`.
+  void fetch(int64_t tile, int64_t tiles) const {
+    for (int64_t r = rows * tile / tiles; r < rows * (tile + 1) / tiles; ++r)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + r * stride + i, 0, 2);
+  }
+};
+
+// What a product does beside adding up: start from 0 rather than from what the sums hold; fetch the chunk that lies
+// behind this one in memory; fetch other rows.
 struct ChunkOptions {
   bool start = false;
   bool ahead = false;
+  NextRows next = {};
 };
 
 // sums[r][n] += sum over steps k of rows[r][k * step] * b[k][n], for kRows rows and kVectors vectors of columns.
@@ -118,27 +132,32 @@ inline void last_rows(const typename Mode::Cell* const* rows, int64_t count, int
   }
 }
 
-// Only the first tile fetches: those behind it find the same lines on their way.
+// Of the chunk ahead only the first tile fetches: those behind it find the same lines on their way.
 template <class Mode, bool kStart>
 __attribute__((noinline)) void chunk_tiles(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
                                            const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
-                                           bool ahead) {
-  if (ahead && count < kTileRows) return last_rows<Mode, kStart, true>(rows, count, step, b, steps, sums);
+                                           const ChunkOptions& options) {
+  if (options.ahead && count < kTileRows) return last_rows<Mode, kStart, true>(rows, count, step, b, steps, sums);
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   int64_t r = 0;
-  if (ahead) {
+  if (options.ahead) {
     chunk_rows<Mode, kTileRows, kStart, true>(rows, step, b, steps, sums);
     r = kTileRows;
   }
-  for (; r + kTileRows <= count; r += kTileRows)
+  for (; r + kTileRows <= count; r += kTileRows) {
+    options.next.fetch(r / kTileRows, tiles);
     chunk_rows<Mode, kTileRows, kStart, false>(rows + r, step, b, steps, sums + r * kPanel);
+  }
+  options.next.fetch(tiles - 1, tiles);
   last_rows<Mode, kStart, false>(rows + r, count - r, step, b, steps, sums + r * kPanel);
 }
 
 template <class Mode>
 inline void chunk_product(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
-                          const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums, ChunkOptions options) {
-  options.start ? chunk_tiles<Mode, true>(rows, count, step, b, steps, sums, options.ahead)
-                : chunk_tiles<Mode, false>(rows, count, step, b, steps, sums, options.ahead);
+                          const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
+                          const ChunkOptions& options) {
+  options.start ? chunk_tiles<Mode, true>(rows, count, step, b, steps, sums, options)
+                : chunk_tiles<Mode, false>(rows, count, step, b, steps, sums, options);
 }
 
 // ---- chunks of a weight matrix -------------------------------------------------------------------------------------
@@ -193,6 +212,18 @@ struct WeightPanel {
   int64_t steps() const { return round_up(in, Mode::kPair) / Mode::kPair; }
   bool in_place() const { return matrix.format == WeightFormat::kPacked && kPackedAsCells<Mode>; }
 
+  // The rows that chunk() packs after `count` steps at k: the next chunk of this panel's rows, or, behind its last one,
+  // the first of the next panel's.
+  NextRows next_rows(int64_t k, int64_t count) const {
+    if (matrix.format != WeightFormat::kPlain) return {};
+    const bool last = (k + count) * Mode::kPair >= in;
+    const int64_t first = last ? column + kPanel : column, i = last ? 0 : (k + count) * Mode::kPair;
+    const int64_t rows = out - first < kPanel ? out - first : kPanel;
+    const int64_t elements = in - i < kChunk<Mode> * Mode::kPair ? in - i : kChunk<Mode> * Mode::kPair;
+    return {reinterpret_cast<const char*>(static_cast<const T*>(matrix.data) + first * in + i), in * int64_t{sizeof(T)},
+            rows < 0 ? 0 : rows, elements * int64_t{sizeof(T)}};
+  }
+
   // Where the first element of step k of this panel lies, in units of stored elements.
   int64_t packed_at(int64_t k, int64_t pair) const { return column * round_up(in, pair) + k * Mode::kPair * kPanel; }
 
@@ -215,8 +246,6 @@ struct WeightPanel {
     constexpr int n = kLanes<Cell>;
     const T* base = static_cast<const T*>(matrix.data) + column * in;
     const int64_t columns = out - column < kPanel ? out - column : kPanel;
-    // The next chunk of the same rows, or, behind the last one, the first of the next panel's rows.
-    const int64_t next = (k + count) * Mode::kPair < in ? count * Mode::kPair : kPanel * in - k * Mode::kPair;
     for (int64_t r = 0; r < kPanel; r += n) {
       if (r >= columns) {
         for (int64_t c = 0; c < count; ++c) store(to + c * kPanel + r, Vec<Cell>{});
@@ -224,21 +253,17 @@ struct WeightPanel {
       }
       const T* rows = base + r * in;
       const int64_t there = columns - r < n ? columns - r : n;
-      for (int64_t c = 0; c < count; c += n)
-        turn(to + c * kPanel + r, rows, there, (k + c) * Mode::kPair, count - c, next);
+      for (int64_t c = 0; c < count; c += n) turn(to + c * kPanel + r, rows, there, (k + c) * Mode::kPair, count - c);
     }
   }
 
-  // Up to kLanes rows from element i of each: `count` steps at most are written. What lies `ahead` is fetched.
-  void turn(Cell* to, const T* rows, int64_t there, int64_t i, int64_t count, int64_t ahead) const {
+  // Up to kLanes rows from element i of each: `count` steps at most are written.
+  void turn(Cell* to, const T* rows, int64_t there, int64_t i, int64_t count) const {
     constexpr int n = kLanes<Cell>;
     Vec<Cell> v[n];
     if (there == n && i + n * Mode::kPair <= in) {
 #pragma GCC unroll 16
-      for (int l = 0; l < n; ++l) {
-        v[l] = load_cells<Mode>(rows + l * in + i, n * Mode::kPair);
-        __builtin_prefetch(rows + l * in + i + ahead);
-      }
+      for (int l = 0; l < n; ++l) v[l] = load_cells<Mode>(rows + l * in + i, n * Mode::kPair);
     } else {
 #pragma GCC unroll 16
       for (int l = 0; l < n; ++l)
@@ -446,7 +471,8 @@ inline void panel_sums(const LinearPart& part, const Matrix& matrix, int64_t col
     const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
     row_cells<Mode>(part.x, part.in, first, count, k, here, scratch);
     const auto* b = panel.chunk(k, here, scratch.b);
-    chunk_product<Mode>(scratch.rows, count, 1, b, here, sums, {.start = k == 0, .ahead = panel.in_place()});
+    chunk_product<Mode>(scratch.rows, count, 1, b, here, sums,
+                        {.start = k == 0, .ahead = panel.in_place(), .next = panel.next_rows(k, here)});
   }
 }
 
@@ -496,7 +522,15 @@ void grad_x_group(const LinearGradXPart& part, int64_t group, char* memory) {
         for (int64_t p = 0; p < columns.panels; ++p) {
           const ConstRows b{weight + columns.column(p), nullptr, part.in};
           pack_matrix_rows<Mode>(scratch.b, kPanel, b, k, here, part.out, columns.width(p));
-          chunk_product<Mode>(scratch.rows, count, 1, scratch.b, here, sums(p), {.start = s == 0 && k == 0});
+          const int64_t left = part.out - (k + here) * Mode::kPair, most = kChunk<Mode> * Mode::kPair;
+          const NextRows next{reinterpret_cast<const char*>(row_of<T>(b, (k + here) * Mode::kPair)),
+                              part.in * int64_t{sizeof(T)},
+                              left < 0      ? 0
+                              : left < most ? left
+                                            : most,
+                              columns.width(p) * int64_t{sizeof(T)}};
+          chunk_product<Mode>(scratch.rows, count, 1, scratch.b, here, sums(p),
+                              {.start = s == 0 && k == 0, .next = next});
         }
       }
     }
