@@ -158,7 +158,14 @@ inline Vec<Acc> sigmoid(Vec<Acc> x) {
 
 // ---- bfloat16 ------------------------------------------------------------------------------------------------------
 
+// GCC 12 makes four instructions of the conversion, where these sets have one.
+#if defined(__AVX512F__)
+inline Vec<uint32_t> widen(HalfVec v) { return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+#elif defined(__AVX2__)
+inline Vec<uint32_t> widen(HalfVec v) { return (Vec<uint32_t>)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
 inline Vec<uint32_t> widen(HalfVec v) { return __builtin_convertvector(v, Vec<uint32_t>); }
+#endif
 
 inline Vec<float> load_bfloat16(const uint16_t* from) {
   HalfVec v;
