@@ -24,7 +24,7 @@ def collapse(
     from micro.cli.values import numbers_by_name
     from micro.convert import collapse as merge
     from micro.convert import load, save_dense
-    from micro.convert.folders import check_target
+    from micro.files import check_target
     from micro.progress import Progress
 
     check_target(out, overwrite)

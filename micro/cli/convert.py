@@ -17,7 +17,7 @@ def convert(
 ) -> None:
     """Write a model in our format, or with the config and run file that the official classes need."""
     from micro.convert import convert as write
-    from micro.convert.folders import check_target
+    from micro.files import check_target
     from micro.progress import Progress
 
     check_target(out, overwrite)

@@ -25,7 +25,7 @@ def upcycle(
     from micro.convert import save
     from micro.convert import upcycle as make
     from micro.convert.card import licence_of, naming_note
-    from micro.convert.folders import check_target
+    from micro.files import check_target
     from micro.progress import Progress
 
     if out.exists() and Path(source).exists() and out.samefile(source):

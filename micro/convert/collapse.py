@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from micro.convert.backbone import KEPT_FIELDS, dense_key
 from micro.convert.card import collapsed_card
-from micro.convert.folders import replace_folder
 from micro.convert.tensors import official_tensors
+from micro.files import replace_folder
 
 if TYPE_CHECKING:
     import torch

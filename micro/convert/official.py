@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from micro.convert.card import model_card
-from micro.convert.folders import replace_folder, write_json
+from micro.convert.folders import write_json
 from micro.convert.tensors import official_tensors, write_shards
 from micro.experts import default_names
+from micro.files import replace_folder
 
 if TYPE_CHECKING:
     from micro.modeling import MiCRoConfig, MiCRoForCausalLM

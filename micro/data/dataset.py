@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from micro.data.encoding import encode_record, resolve_options
 from micro.data.loading import iter_records
 from micro.data.records import DataWarning, Record, RowCounts
 from micro.errors import require
+from micro.files import replace_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,14 +97,9 @@ def write_encoded(
     }
     pyarrow = require("pyarrow", "hf", "writing Parquet")
     parquet = require("pyarrow.parquet", "hf", "writing Parquet")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir(parents=True)
+    with replace_folder(folder) as beside:
         parquet.write_table(pyarrow.Table.from_pylist(rows), beside / "rows.parquet")
         (beside / "build.json").write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return counts
 
 

@@ -31,8 +31,8 @@ def train_backbone(folder: Path, records: Path, *, seed: int, say: Callable[[str
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from micro.convert.folders import replace_folder
     from micro.data import load_records
+    from micro.files import replace_folder
     from micro.testing import tiny_tokenizer
 
     if folder.is_dir():
