@@ -14,9 +14,9 @@ namespace micro {
 namespace {
 
 using at::Tensor;
+using micro_kernels::kColdest;
 
 constexpr char kName[] = "micro::sample";
-constexpr double kColdest = 1e-5;  // colder, and differences of ordinary logits leave the range of float32
 
 void check_ids(const char* name, const OptionalTensor& ids, const Tensor& logits) {
   const Argument argument{kName, name, *ids};

@@ -15,6 +15,9 @@
 
 namespace micro_kernels {
 
+// The least temperature above 0: below it, quotients of ordinary logits leave the range of float32. Checked by callers.
+constexpr double kColdest = 1e-5;
+
 struct SampleParams {
   const void* logits;       // [rows, vocab]
   const int64_t* previous;  // [rows, previous_count] ids of the row so far; those outside [0, vocab) are skipped
@@ -27,9 +30,9 @@ struct SampleParams {
   int64_t previous_count;
   int64_t stop_count;
   int64_t min_new_tokens;
-  int64_t top_k;  // 0: all
-  double top_p;   // 1: all
-  double temperature;
+  int64_t top_k;              // 0: all
+  double top_p;               // 1: all
+  double temperature;         // 0, or from kColdest on
   double repetition_penalty;  // 1: none
   DType dtype;
 };
