@@ -59,7 +59,7 @@ $(STAMP)/editable: pyproject.toml csrc/include/micro/version.h | $(STAMP)/packag
 	@touch $@
 
 $(BUILD)/build.ninja: $(STAMP)/editable
-	@cmake -S . -B $(BUILD) -G Ninja -DMICRO_DEV=ON -DMICRO_TESTS=ON -DMICRO_WERROR=ON -DPython_EXECUTABLE=$(PY)
+	@cmake -S . -B $(BUILD) -G Ninja -DMICRO_DEV=ON -DMICRO_TESTS=ON -DMICRO_BENCHMARKS=ON -DMICRO_WERROR=ON -DPython_EXECUTABLE=$(PY)
 
 # ---- the jobs ---------------------------------------------------------------------------------------------------------
 
@@ -86,7 +86,6 @@ docs: build $(STAMP)/dev
 
 ## make bench   the table of goals; ROWS=G2,G3 a part of it, BENCH_ARGS="--official FOLDER ..." other options
 bench: build $(STAMP)/dev
-	@cmake -S . -B $(BUILD) -DMICRO_BENCHMARKS=ON >/dev/null && ninja -C $(BUILD) -j $(JOBS) probe grouped_linear
 	@$(PY) benchmarks/python/run.py $(if $(ROWS),--rows $(ROWS)) $(BENCH_ARGS)
 
 ## make clean   remove what was built; the virtual environment stays

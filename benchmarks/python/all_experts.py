@@ -25,60 +25,47 @@ from transformers.models.olmo2 import modeling_olmo2
 
 from micro.modeling.keys import official_map
 
+Tables = tuple[Tensor, Tensor]  # cos and sin
 
-class Expert(nn.Module):
-    """One expert of one layer: a decoder layer of transformers, and what it does while nobody uses it."""
 
-    def __init__(self, config: Any, slot: int) -> None:
+class Layer(nn.Module):
+    """Router and experts of one layer, under the official names of their parameters."""
+
+    def __init__(self, config: Any, index: int) -> None:
         super().__init__()
-        self.slot, self.olmo = slot, isinstance(config, Olmo2Config)
-        module = modeling_olmo2 if self.olmo else modeling_llama
-        self.rotate = module.apply_rotary_pos_emb
-        self.layer: Any = (module.Olmo2DecoderLayer if self.olmo else module.LlamaDecoderLayer)(config, slot)
+        size, self.olmo = config.hidden_size, isinstance(config, Olmo2Config)
+        make: Any = modeling_olmo2.Olmo2DecoderLayer if self.olmo else modeling_llama.LlamaDecoderLayer
+        self.gate = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, EXPERTS, bias=False))
+        self.experts = nn.ModuleList(make(config, index * EXPERTS + e) for e in range(EXPERTS))
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: DynamicCache | None) -> Tensor:
-        out: Tensor = self.layer(x, position_embeddings=tables, past_key_values=cache, use_cache=cache is not None)
-        return out
+    def forward(self, x: Tensor, tables: Tables, cache: DynamicCache | None, k: int) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.gate(x)
+        weights, ids = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), k, dim=-1)
+        weights = (weights / (weights.sum(-1, keepdim=True) + 1e-9)).to(x.dtype)
+        decoding = not self.training and x.shape[1] == 1
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = ids == number
+            if decoding and cache is not None and not bool(chosen.any()):
+                self._append(expert, x, tables, cache)
+                continue
+            out = expert(x, position_embeddings=tables, past_key_values=cache, use_cache=cache is not None)
+            for rank in range(k):
+                rows = chosen[..., rank]
+                y[rows] += out[rows] * weights[..., rank][rows][:, None]
+        return y, logits
 
-    def append(self, x: Tensor, tables: tuple[Tensor, Tensor], cache: DynamicCache) -> None:
-        """Keys and values of a token that went elsewhere."""
-        attention = self.layer.self_attn
-        n = x if self.olmo else self.layer.input_layernorm(x)
+    def _append(self, expert: Any, x: Tensor, tables: Tables, cache: DynamicCache) -> None:
+        """Keys and values of a token that went to other experts."""
+        attention = expert.self_attn
+        n = x if self.olmo else expert.input_layernorm(x)
         k, v = attention.k_proj(n), attention.v_proj(n)
         if self.olmo:
             k = attention.k_norm(k)
         heads = (*x.shape[:2], -1, attention.head_dim)
         k, v = k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
-        _, k = self.rotate(k, k, *tables)
-        cache.update(k, v, self.slot)
-
-
-class Layer(nn.Module):
-    def __init__(self, config: Any, index: int) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.gate = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, EXPERTS, bias=False))
-        self.experts = nn.ModuleList(Expert(config, index * EXPERTS + e) for e in range(EXPERTS))
-
-    def forward(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], cache: DynamicCache | None, k: int
-    ) -> tuple[Tensor, Tensor]:
-        logits = self.gate(x)
-        weights, ids = torch.topk(torch.softmax(logits, -1, dtype=torch.float32), k, dim=-1)
-        weights = (weights / (weights.sum(-1, keepdim=True) + 1e-9)).to(x.dtype)
-        decoding = not self.training and x.shape[1] == 1 and cache is not None
-        y = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            chosen = ids == number
-            if decoding and not bool(chosen.any()):
-                assert cache is not None
-                expert.append(x, tables, cache)
-                continue
-            out = expert(x, tables, cache)
-            for rank in range(k):
-                rows = chosen[..., rank]
-                y[rows] += out[rows] * weights[..., rank][rows][:, None]
-        return y, logits
+        rotate = (modeling_olmo2 if self.olmo else modeling_llama).apply_rotary_pos_emb
+        cache.update(rotate(k, k, *tables)[1], v, attention.layer_idx)
 
 
 class AllExperts(PreTrainedModel, GenerationMixin):
@@ -89,24 +76,30 @@ class AllExperts(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any, experts_per_token: int = 1) -> None:
         super().__init__(config)
-        olmo = isinstance(config, Olmo2Config)
-        module: Any = modeling_olmo2 if olmo else modeling_llama
-        family = "Olmo2" if olmo else "Llama"
+        self.olmo = isinstance(config, Olmo2Config)
+        module: Any = modeling_olmo2 if self.olmo else modeling_llama
+        family = "Olmo2" if self.olmo else "Llama"
         self.experts_per_token = experts_per_token
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = getattr(module, f"{family}RMSNorm")(config.hidden_size, config.rms_norm_eps)
+        norm = getattr(module, f"{family}RMSNorm")(config.hidden_size, config.rms_norm_eps)
+        self.add_module("norm" if self.olmo else "final_norm", norm)
         self.rotary_emb = getattr(module, f"{family}RotaryEmbedding")(config=config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _supports_logits_to_keep(self) -> bool:
         return False
 
-    def _prepare_cache_for_generation(self, config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, config: Any, model_kwargs: dict[str, Any], *_: Any
+    ) -> None:
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = DynamicCache()  # grows by a slot per expert and layer
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         return {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "use_cache": True}
 
@@ -131,7 +124,8 @@ class AllExperts(PreTrainedModel, GenerationMixin):
         for layer in self.layers:
             x, logits = layer(x, tables, past_key_values if use_cache else None, self.experts_per_token)
             scores.append(logits)
-        logits = self.lm_head(self.final_norm(x)[:, -logits_to_keep:])
+        x = self.get_submodule("norm" if self.olmo else "final_norm")(x)
+        logits = self.lm_head(x[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
@@ -157,14 +151,7 @@ def build(ours: Any, shape: Shape, experts_per_token: int = 1, *, share: bool = 
     for name, target in official_map(ours.config).items():
         tensor = parameters[target.name].detach()
         tensor = tensor if target.expert is None else tensor[target.expert]
-        state[_own_name(name)] = tensor if share else tensor.clone()
+        state[name] = tensor if share else tensor.clone()
     model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _own_name(official: str) -> str:
-    """Official names have the parts of a decoder layer directly under the expert, and `norm` for OLMo-2."""
-    parts = official.split(".")
-    if "experts" in parts:
-        parts.insert(parts.index("experts") + 2, "layer")
-    return "final_norm.weight" if official == "norm.weight" else ".".join(parts)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

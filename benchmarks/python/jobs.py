@@ -69,7 +69,8 @@ class Decode(Job):
 
     def __init__(self, model: Any, ids: Any, new: int, controls: Mapping[str, Any] | None = None) -> None:
         super().__init__(model, ids, controls)
-        self.new, self.cache, self.tokens = new, None, torch.empty(0)
+        self.new, self.tokens = new, torch.empty(0)
+        self.cache: Any = None
 
     @torch.no_grad()
     def prepare(self) -> None:

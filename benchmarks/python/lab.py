@@ -51,7 +51,7 @@ class Models:
         self.shape, self.dtype = shape, dtype
         with no_init_weights():
             config = MiCRoConfig(backbone=shape.backbone, num_experts=EXPERTS, **shape.fields())
-            self.ours = MiCRoForCausalLM._from_config(config, dtype=dtype).eval()
+            self.ours: Any = _from_config(MiCRoForCausalLM, config, dtype)
         fill(self.ours, shape)
         self._dense: Any = None
         self._fast: Any = None
@@ -62,7 +62,7 @@ class Models:
         if self._fast is None:
             config = MiCRoConfig(**{**self.ours.config.to_diff_dict(), "numerics": "fast"})
             with no_init_weights(), torch.device("meta"):
-                self._fast = MiCRoForCausalLM._from_config(config, dtype=self.dtype).eval()
+                self._fast = _from_config(MiCRoForCausalLM, config, self.dtype)
             self._fast.load_state_dict(self.ours.state_dict(), assign=True)
         return self._fast
 
@@ -73,10 +73,10 @@ class Models:
             cls = Olmo2ForCausalLM if self.shape.backbone == "olmo2" else LlamaForCausalLM
             config = all_experts.dense_config(self.shape)
             with no_init_weights(), torch.device("meta"):
-                model = cls._from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+                model = _from_config(cls, config, self.dtype)
             model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
             model.load_state_dict(self._dense_state(), assign=True)
-            self._dense = model.eval()
+            self._dense = model
         return self._dense
 
     def _dense_state(self) -> dict[str, Tensor]:
@@ -91,7 +91,11 @@ class Models:
 
     def all_experts(self, experts_per_token: int = 1, *, share: bool = True, dtype: torch.dtype | None = None) -> Any:
         model = all_experts.build(self.ours, self.shape, experts_per_token, share=share)
-        return model if dtype is None else model.to(dtype)
+        return model if dtype is None else model.to(dtype=dtype)  # type: ignore[call-arg]
+
+
+def _from_config(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    return cls._from_config(config, dtype=dtype).eval()
 
 
 class Lab:

@@ -81,11 +81,8 @@ def main() -> None:
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
-    try:
-        import llama_cpp
-    except ImportError:
-        say({"missing": "llama-cpp-python"})
-        return
+    import llama_cpp
+
     session = Session(llama_cpp, sys.argv[1], int(sys.argv[2]))
     information = llama_cpp.llama_print_system_info().decode()
     say({"version": f"llama-cpp-python {llama_cpp.__version__}", "system": information})

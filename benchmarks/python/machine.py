@@ -22,13 +22,16 @@ def program(name: str) -> Path:
     """A compiled benchmark program."""
     path = PROGRAMS / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not built: `make bench` builds it, or cmake -DMICRO_BENCHMARKS=ON")
+        raise FileNotFoundError(
+            f"{path} is not built: `make build` does it; older build folders need -DMICRO_BENCHMARKS=ON"
+        )
     return path
 
 
-def probes(threads: int) -> dict[str, Any]:
-    """Peaks of both dtypes, stream read and memcpy, measured now by a program that does nothing else."""
-    done = subprocess.run([program("probe"), str(threads)], capture_output=True, text=True, check=True)
+def probes(threads: int, times: int) -> dict[str, Any]:
+    """Peaks of both dtypes, stream read and memcpy, best of several, measured by a program that does nothing else."""
+    command = [str(program("probe")), str(threads), str(times)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
 
 
@@ -50,7 +53,7 @@ class StreamProbe:
         self.process.communicate()
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, times: int = 5) -> dict[str, Any]:
     import micro
 
     info = micro.build_info()
@@ -74,7 +77,7 @@ def environment(threads: int) -> dict[str, Any]:
         "commit": commit(),
         "clock": f"perf_counter, resolution {time.get_clock_info('perf_counter').resolution:g} s",
         "paths": {op: paths["cpu"] for op, paths in info["ops"].items()},
-        "probes": probes(threads),
+        "probes": probes(threads, times),
     }
 
 

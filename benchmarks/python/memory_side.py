@@ -59,7 +59,7 @@ def generation(models: Models, side: str, tokens: int, new: int) -> dict[str, An
         tidy()
         return peak_of(lambda n: EngineGenerate(engine, prompt(models.shape, n), new), tokens)
     model = models.all_experts() if side.startswith("all_experts") else models.ours
-    kind = JOBS["whole_decode" if side.endswith("loop") else "whole_generate"]
+    kind: Any = JOBS["whole_decode" if side.endswith("loop") else "whole_generate"]
     return peak_of(lambda n: kind(model, prompt(models.shape, n), new=new), tokens)
 
 

@@ -121,6 +121,7 @@ def plot(folder: Path, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     found = read(folder)
     goals = [g for g in GOALS if g.floor is not None and "value" in found.get(g.key, {})][::-1]
@@ -147,7 +148,7 @@ def plot(folder: Path, path: Path) -> None:
     axes.set_ylim(-0.7, len(goals) - 0.3)
     axes.set_xlabel("times the floor, to the right is better; dashed: floor, thick mark: target, thin line: extremes")
     names = {"target": "target reached", "floor": "floor reached", "missed": "floor missed"}
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in names]
+    handles = [Patch(color=COLOURS[kind]) for kind in names]
     axes.legend(handles, names.values(), loc="lower right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

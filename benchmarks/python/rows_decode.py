@@ -24,10 +24,12 @@ def new_tokens(lab: Lab) -> int:
     return 4 if lab.options.quick else NEW
 
 
-def engine_side(lab: Lab, models: Models, ids: Any) -> tuple[dict[str, Side], str]:
-    """The engine's side, or none and the reason."""
+def engines(lab: Lab, models: Models, ids: Any) -> tuple[dict[str, Side], str]:
+    """The engine in both numerics modes, or nothing and the reason."""
     try:
-        return {"engine": EngineDecode(open_engine(models.ours), ids, new_tokens(lab))}, ""
+        lab.say("packing weights for the engine")
+        made = {"engine": open_engine(models.ours), "engine fast": open_engine(models.ours, numerics="fast")}
+        return {name: EngineDecode(engine, ids, new_tokens(lab)) for name, engine in made.items()}, ""
     except MissingError as missing:
         return {}, str(missing)
 
@@ -38,7 +40,8 @@ def decode(lab: Lab, keys: int) -> Iterator[Line | Skipped]:
     ids, new = prompt(models.shape, lab.size(keys)), new_tokens(lab)
     sides: dict[str, Side] = {}
     sides["forward"], sides["generate"] = Decode(models.ours, ids, new), Generate(models.ours, ids, new)
-    engine, why = engine_side(lab, models, ids)
+    sides["forward fast"] = Decode(models.fast, ids, new)
+    engine, why = engines(lab, models, ids)
     sides |= engine
     if wants(lab, "G3/512/forward"):
         sides["their forward"] = lab.reference(models, "decode", ids, new=new)
@@ -57,7 +60,7 @@ def decode(lab: Lab, keys: int) -> Iterator[Line | Skipped]:
             goals.append((f"G3b/{way}", f"dense {other}", DENSE))
         for key, theirs, against in goals:
             if way in sides:
-                yield table.line(key, way, theirs, against, compared, note=f"{new} tokens")
+                yield table.line(key, way, theirs, against, compared, fast=f"{way} fast", note=f"{new} tokens")
             else:
                 yield Skipped(key, why)
 
@@ -83,8 +86,8 @@ def batched(lab: Lab) -> Iterator[Line | Skipped]:
     """Eight rows with 128 keys each."""
     models = lab.models(SMOLLM2_135M, BF16)
     ids, new = prompt(models.shape, lab.size(128), rows=8), new_tokens(lab)
-    sides: dict[str, Side] = {"forward": Decode(models.ours, ids, new)}
-    engine, why = engine_side(lab, models, ids)
+    sides: dict[str, Side] = {"forward": Decode(models.ours, ids, new), "forward fast": Decode(models.fast, ids, new)}
+    engine, why = engines(lab, models, ids)
     sides |= engine
     sides["theirs"] = lab.reference(models, "decode", ids, new=new)
     compared = same_tokens(sides, models)
@@ -93,7 +96,7 @@ def batched(lab: Lab) -> Iterator[Line | Skipped]:
         if way in sides:
             rate = 8 * new / table.rounds.median(way)
             note = f"{rate:.0f} row tokens/s"
-            yield table.line(f"G3c/{way}", way, "theirs", lab.reference_name, compared, note=note)
+            yield table.line(f"G3c/{way}", way, "theirs", lab.reference_name, compared, fast=f"{way} fast", note=note)
         else:
             yield Skipped(f"G3c/{way}", why)
 
@@ -102,10 +105,10 @@ def bandwidth(lab: Lab) -> Iterator[Line | Skipped]:
     """Bytes that a token needs, times tokens per second, over what a plain read of memory gives in the same round."""
     models = lab.models(SMOLLM2_135M, BF16)
     ids, new = prompt(models.shape, lab.size(512)), new_tokens(lab)
-    sides: dict[str, Side] = {"forward": Decode(models.ours, ids, new)}
-    engine, why = engine_side(lab, models, ids)
+    sides: dict[str, Side] = {"forward": Decode(models.ours, ids, new), "forward fast": Decode(models.fast, ids, new)}
+    engine, why = engines(lab, models, ids)
     sides |= engine
-    compared = same_tokens(sides, models) if engine else {}
+    compared = same_tokens(sides, models)
     with closing(StreamProbe(lab.options.threads)) as probe:
         timed = {name: side.seconds for name, side in sides.items()}
         table = Table(lab, lab.rounds(timed | {"stream": probe.seconds}))
@@ -117,7 +120,10 @@ def bandwidth(lab: Lab) -> Iterator[Line | Skipped]:
         note = f"{needed / 1e6:.0f} MB a token ({'lazy' if lazy else 'eager'} keys and values)"
         note += f", {new / table.rounds.median(way):.1f} tokens/s"
         read = f"{1 / table.rounds.median('stream'):.1f} GB/s"
-        line = table.line(f"G4/{way}", way, "stream", "stream read", compared, factor=needed * new / 1e9, note=note)
+        factor = needed * new / 1e9
+        line = table.line(
+            f"G4/{way}", way, "stream", "stream read", compared, fast=f"{way} fast", factor=factor, note=note
+        )
         line.theirs = read
         yield line
 

@@ -97,7 +97,7 @@ def grouped_product(lab: Lab) -> Iterator[Line | Skipped]:
     for rows in (128, 16, 1):
         lab.say(f"{rows} rows per expert")
         quick = ["quick"] if lab.options.quick else []
-        command = [program("grouped_linear"), str(rows), str(lab.options.rounds), *quick]
+        command = [str(program("grouped_linear")), str(rows), str(lab.options.rounds), *quick]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"grouped_linear: {done.stderr.strip()}")
@@ -149,7 +149,8 @@ class Attention:
         return ops.expert_attention(self.q, self.k, self.v, plan.tokens, plan.offsets, slots=self.tokens, start=0)
 
     def theirs(self) -> Tensor:
-        return F.scaled_dot_product_attention(*self.dense, is_causal=True, enable_gqa=True)
+        q, k, v = self.dense
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def sides(self, *, backward: bool) -> dict[str, Callable[[], object]]:
         if not backward:
@@ -162,7 +163,8 @@ class Attention:
     def check(self) -> dict[str, float]:
         """Output and gradients against the specification in float64, every expert's causal mask written out."""
         wide = [t.detach().double().requires_grad_() for t in (self.q, self.k, self.v)]
-        want = reference.expert_attention(*wide, self.plan.tokens, self.plan.offsets, slots=self.tokens)
+        q, k, v = wide
+        want = reference.expert_attention(q, k, v, self.plan.tokens, self.plan.offsets, slots=self.tokens)
         got = self.ours()
         names = ("grad q", "grad k", "grad v")
         ours = torch.autograd.grad(got, (self.q, self.k, self.v), self.grad)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 NEW = 64  # tokens
 KEYS = ("G5/prefill", "G5/decode")
+PACKAGE = "llama-cpp-python"
 
 
 def write_gguf(models: Models, path: Path) -> None:
@@ -84,6 +85,12 @@ def _tensors(dense: Any, shape: Shape) -> Iterator[tuple[str, Tensor]]:
             yield f"blk.{index}.{name}.weight", tensor
 
 
+def require_binding(python: str) -> None:
+    """A line that says what to install, before anything is made."""
+    if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False).returncode:
+        raise MissingError(f"the package {PACKAGE} is not installed for {Path(python).name}; see --llama-python")
+
+
 class LlamaCpp:
     """The process that holds the binding; two OpenMP runtimes in one process would wait for each other."""
 
@@ -93,8 +100,6 @@ class LlamaCpp:
             [python, str(worker), str(model), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.about = self._read()
-        if "missing" in self.about:
-            raise MissingError(f"the package {self.about['missing']} is not installed in {python}")
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -124,40 +129,44 @@ def llama_cpp(lab: Lab) -> Iterator[Line | Skipped]:
     models = lab.models(SMOLLM2_135M, BF16)
     ids, new = prompt(models.shape, lab.size(512)), 4 if lab.options.quick else NEW
     try:
-        engine = open_engine(models.ours)
+        require_binding(lab.options.llama_python)
+        engines = {"engine": open_engine(models.ours), "engine fast": open_engine(models.ours, numerics="fast")}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "dense.gguf")
             lab.say("writing the dense model as GGUF")
             write_gguf(models, path)
             with closing(LlamaCpp(lab.options.llama_python, path, lab.options.threads)) as theirs:
-                yield from _against(lab, models, engine, theirs, ids, new)
+                yield from _against(lab, models, engines, theirs, ids, new)
     except MissingError as missing:
         yield from (Skipped(key, str(missing)) for key in KEYS)
 
 
-def _against(lab: Lab, models: Models, engine: Any, theirs: LlamaCpp, ids: Tensor, new: int) -> Iterator[Line]:
+def _against(
+    lab: Lab, models: Models, engines: dict[str, Any], theirs: LlamaCpp, ids: Tensor, new: int
+) -> Iterator[Line]:
     prompt_ids = ids[0].tolist()
     logits = torch.tensor(theirs.tell(do="logits", ids=prompt_ids)["logits"])[None, None]
     forced = Prefill(models.ours, ids, {"force": models.ours.config.expert_names[0]}).outputs()["logits"][:, -1:]
     compared = compare("ours, forced to expert 0, against llama.cpp", {"logits": forced}, {"logits": logits}, BF16)
     own = {"logits": Prefill(models.ours, ids).outputs()["logits"][:, -1:]}
-    compare("engine against forward", EnginePrefill(engine, ids).outputs(), own, BF16)
+    for name, engine in engines.items():
+        compare(f"{name} against forward", EnginePrefill(engine, ids).outputs(), own, BF16)
     sides = {
-        "engine": EnginePrefill(engine, ids).seconds,
+        **{name: EnginePrefill(engine, ids).seconds for name, engine in engines.items()},
         "llama.cpp": lambda: theirs.prefill(prompt_ids),
         "dense path": Prefill(models.ours, ids, {"force": models.ours.config.expert_names[0]}).seconds,
     }
     against = f"llama.cpp, {theirs.about['version']}"
     table = Table(lab, lab.rounds(sides))
     note = f"forward forced to one expert: {table.rounds.ratio('llama.cpp', 'dense path')}"
-    yield table.line("G5/prefill", "engine", "llama.cpp", against, compared, note=note)
+    yield table.line("G5/prefill", "engine", "llama.cpp", against, compared, fast="engine fast", note=note)
     sides = {
-        "engine": EngineDecode(engine, ids, new).seconds,
+        **{name: EngineDecode(engine, ids, new).seconds for name, engine in engines.items()},
         "llama.cpp": lambda: theirs.decode(prompt_ids, new),
     }
     table = Table(lab, lab.rounds(sides))
     note = f"{new / table.rounds.median('engine'):.1f} against {new / table.rounds.median('llama.cpp'):.1f} tokens/s"
-    yield table.line("G5/decode", "engine", "llama.cpp", against, compared, note=note)
+    yield table.line("G5/decode", "engine", "llama.cpp", against, compared, fast="engine fast", note=note)
 
 
 EXPERIMENTS = [Experiment("llama_cpp", KEYS, 1.5, llama_cpp)]

@@ -116,7 +116,7 @@ def measure(lab: Lab, experiment: Experiment, options: argparse.Namespace, now: 
     """Run one experiment; its lines are printed as they come."""
     lab.start(experiment.name)
     lab.recorded = []
-    environment = machine.environment(options.threads)
+    environment = machine.environment(options.threads, 1 if options.quick else 5)
     lines, skipped = [], []
     for result in experiment.run(lab):
         if isinstance(result, Line):
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def publish(folder: Path, options: argparse.Namespace) -> None:
     """Table and plot of everything that the folder holds; the README only shows real runs of the default folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(report.table(folder) + "\n")
     report.plot(folder, folder / "goals.png")
     if folder == RESULTS / "goals" and not options.quick:

@@ -57,7 +57,7 @@ def find_class(root: Path, name: str) -> Any:
     files = [f for f in sorted(root.rglob("*.py")) if pattern.search(f.read_text(errors="replace"))]
     if not files:
         raise ValueError(f"no file below {root} defines a class {name}")
-    sys.meta_path.insert(0, _Finder(root))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder(root))
     sys.path.append(str(root))
     module = ".".join(files[0].relative_to(root).with_suffix("").parts)
     return getattr(importlib.import_module(module), name)

@@ -1,0 +1,171 @@
+"""The benchmarks run, on tiny shapes; no clock is looked at (performance.md 8.6)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = ROOT / "benchmarks" / "python"
+
+# What a user's copy of the official repository looks like from outside (model.md 5.4): classes in some file, a
+# constructor that opens the run file and forces flash attention, the official names of parameters.
+COPY = """
+import yaml
+from transformers import LlamaConfig, Olmo2Config
+from models.base import Base
+
+class MiCRoLlama(Base):
+    config_class = LlamaConfig
+
+class MiCRoOLMo(Base):
+    config_class = Olmo2Config
+"""
+BASE = """
+import yaml
+from all_experts import AllExperts
+
+ATTENTION = "flash_attention_2"
+
+class Base(AllExperts):
+    def __init__(self, config):
+        with open(config.config_path) as stream:
+            run = yaml.safe_load(stream)
+        config._attn_implementation = ATTENTION
+        super().__init__(config, run["top-k-experts"])
+"""
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of the benchmarks; their names are short, so they do not stay."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import goals
+    import outputs
+    import paired
+    import report
+
+    yield SimpleNamespace(goals=goals, outputs=outputs, paired=paired, report=report)
+    for name in set(sys.modules) - before:
+        if str(SCRIPTS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def bench(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, str(SCRIPTS / "run.py"), "--quick", "--rounds", "2", "--output", str(folder), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rows_run_are_kept_and_reported(tmp_path: Path) -> None:
+    assert "official side: all-expert stand-in" in bench(tmp_path, "--rows", "G3c,G6,G7,G9c")
+    lines = {}
+    for path in tmp_path.glob("*.json"):
+        content = json.loads(path.read_text())
+        lines |= {line["key"]: line for line in content["lines"]}
+        assert content["environment"]["probes"]["stream_read_gb_per_s"] > 0
+        assert {"load_average", "cpu", "instruction_set", "torch", "commit"} <= set(content["environment"])
+    assert {"G3c/forward", "G6/1", "G7/16", "G9c"} <= set(lines)
+    for key, line in lines.items():
+        value = line["value"]
+        assert 0 < value["low"] <= value["median"] <= value["high"] < math.inf, key
+        assert line["compared"], f"{key}: nothing was compared"
+    table = (tmp_path / "table.md").read_text()
+    assert all(line["goal"]["what"] in table for line in lines.values())
+    assert (tmp_path / "goals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_copy_of_the_official_classes_runs_in_a_worker(tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / "models"
+    copy.mkdir(parents=True)
+    (copy / "some_file.py").write_text(COPY)
+    (copy / "base.py").write_text(BASE)
+    out = bench(tmp_path / "out", "--rows", "G1b,G9c", "--rounds", "1", "--official", str(copy.parent))
+    assert "official side: official classes (r2, transformers" in out
+    for name, key in (("prefill_1b_llama", "G1b/llama"), ("prefill_1b_olmo2", "G1b/olmo2"), ("stage_2_step", "G9c")):
+        content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        line = next(line for line in content["lines"] if line["key"] == key)
+        assert line["against"].startswith("official classes")
+        assert set(line["compared"]) in ({"logits", "routes"}, {"losses"})
+    assert list(copy.glob("**/*.pyc")) == []  # nothing is written into a user's folder
+
+
+def test_what_is_measured_already_is_left_alone(scripts: Any, tmp_path: Path) -> None:
+    import run
+
+    now = {"commit": "abc"}
+    content: dict[str, Any] = {"settings": now, "wanted": [], "skipped": []}
+
+    def current(wanted: set[str], **changes: Any) -> bool:
+        scripts.report.write_json(tmp_path / "e.json", {**content, **changes})
+        return run.is_current(tmp_path / "e.json", now, wanted)
+
+    assert current({"G2"}) and current(set())
+    assert current({"G2"}, wanted=["G1", "G2"])
+    assert not current(set(), wanted=["G1"]) and not current({"G2"}, wanted=["G1"])
+    assert not current({"G2"}, settings={"commit": "def"})
+    assert not current({"G2"}, skipped=[{"key": "G2/512", "why": "something is not installed"}])
+    assert not run.is_current(tmp_path / "none.json", now, set())
+
+
+def test_a_difference_ends_the_measurement(scripts: Any) -> None:
+    compare, error = scripts.outputs.compare, scripts.outputs.MismatchError
+    good = {"logits": torch.ones(3, 4), "routes": torch.zeros(2, 3, dtype=torch.long)}
+    assert compare("same", good, good, torch.float32) == {"logits": 0.0, "routes": 0.0}
+    with pytest.raises(error, match=r"logits differs by 0\.01"):
+        compare("off", {"logits": good["logits"] * 1.01}, good, torch.float32)
+    with pytest.raises(error, match="routes differs"):
+        compare("off", {"routes": good["routes"] + 1}, good, torch.bfloat16)
+    with pytest.raises(error, match="shape"):
+        compare("off", {"logits": torch.ones(3, 5)}, good, torch.float32)
+    with pytest.raises(error, match="no output in common"):
+        compare("off", {"tokens": good["routes"]}, good, torch.float32)
+
+
+def test_rounds_alternate_and_ratios_are_per_round(scripts: Any) -> None:
+    calls: list[str] = []
+    times = {"a": iter([9.0, 1.0, 2.0, 6.0]), "b": iter([9.0, 2.0, 1.0, 2.0])}
+
+    def side(name: str) -> float:
+        calls.append(name)
+        return next(times[name])
+
+    taken = scripts.paired.rounds({"a": lambda: side("a"), "b": lambda: side("b")}, 3)
+    assert calls == ["a", "b"] * 4  # once to warm up
+    ratio = taken.ratio("a", "b")
+    assert (ratio.median, ratio.low, ratio.high, ratio.of_minima) == (2.0, 0.5, 3.0, 1.0)
+
+
+def test_every_goal_is_measured_by_one_experiment(scripts: Any) -> None:
+    import run
+
+    keys = [key for experiment in run.EXPERIMENTS for key in experiment.goals]
+    assert sorted(keys) == sorted(goal.key for goal in scripts.goals.GOALS)
+
+
+@pytest.mark.parametrize(
+    "key, value, reached",
+    [
+        ("G3b/forward", 5.0, "target"),
+        ("G3b/forward", 4.9, "floor"),
+        ("G3b/forward", 2.9, "missed"),
+        ("G2/512", 0.75, "target"),
+        ("G2/512", 0.9, "floor"),
+        ("G2/512", 1.0, "missed"),
+        ("G2/64", 1.0, ""),
+    ],
+)
+def test_floor_and_target_know_their_direction(scripts: Any, key: str, value: float, reached: str) -> None:
+    assert scripts.goals.BY_KEY[key].reached(value) == reached
