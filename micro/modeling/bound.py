@@ -35,6 +35,8 @@ class BoundSteering:
             self._force = self._window("force", lambda outer, inner: torch.where(inner >= 0, inner, outer))
         self._check()
         self._forced_rows = self._force_as_rows()
+        self._forced_logits = None if self._forced_rows is None else self._forced_rows.log()
+        self._of_all_layers: dict[int, Tensor] = {}
 
     # ------------------------------------------------------------------ what layers take
     def layer(self, index: int) -> LayerControls:
@@ -72,14 +74,22 @@ class BoundSteering:
             return None
         rows = self._flat(self._forced_rows, index)
         assert rows is not None
-        rows = rows.expand(self.rows * self.slots, -1)
-        return rows.log(), rows
+        logits = self._flat(self._forced_logits, index)
+        assert logits is not None
+        return logits.expand(self.rows * self.slots, -1), rows.expand(self.rows * self.slots, -1)
 
     def _flat(self, value: Tensor | None, layer: int) -> Tensor | None:
-        """One layer of [B|1,L|1,S|1,...] as [T|1,...]."""
+        """One layer of a control [B|1,L|1,S|1,...] as [T|1,...]; made once where all layers share it."""
         if value is None:
             return None
-        value = value[:, layer if value.shape[1] > 1 else 0]
+        if value.shape[1] > 1:
+            return self._tokens(value[:, layer])
+        if id(value) not in self._of_all_layers:
+            self._of_all_layers[id(value)] = self._tokens(value[:, 0])
+        return self._of_all_layers[id(value)]
+
+    def _tokens(self, value: Tensor) -> Tensor:
+        """[B|1,S|1,...] as [T|1,...]."""
         if value.shape[0] == 1 and value.shape[1] == 1:
             return value[0].to(self.device)
         return value.expand(self.rows, self.slots, *[-1] * (value.dim() - 2)).flatten(0, 1).to(self.device)
