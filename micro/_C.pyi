@@ -211,6 +211,7 @@ class Engine:
         answer: Mapping[str, Tensor],
         *,
         answer_at: Callable[[int], Mapping[str, Tensor]] | None = None,
+        min_new_tokens: int = 0,
         experts_per_token: int = 0,
         chunk: int = 0,
         trace: bool = False,

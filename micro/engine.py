@@ -147,6 +147,7 @@ class Engine:
         prompts: Prompts,
         *,
         max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
         temperature: float | Sequence[float] = 0.0,
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
@@ -161,9 +162,9 @@ class Engine:
         """Read prompts (texts or ids) and write answers; rows that ended cost nothing more.
 
         temperature 0 takes the most probable token; sampling options may be lists, one entry per row; row r of one
-        ``seed`` draws with seed + r. stop_ids: default the model's end-of-sequence ids. on_token(row, token) sees every
-        new token; what it returns, if true, ends the row. Controls: those of the model's ``generate``; an S axis counts
-        each row's own prompt tokens, prompts need no padding.
+        ``seed`` draws with seed + r. stop_ids: default the model's end-of-sequence ids, none of which is drawn before
+        ``min_new_tokens``. on_token(row, token) sees every new token; what it returns, if true, ends the row. Controls:
+        those of the model's ``generate``; an S axis counts each row's own prompt tokens, prompts need no padding.
         """
         from micro.modeling import engine_controls
 
@@ -182,6 +183,7 @@ class Engine:
             answer_at=(
                 (lambda step: engine_controls.answer_controls(steering, rows, slots, step)) if by_step else None
             ),
+            min_new_tokens=min_new_tokens,
             experts_per_token=steering.experts_per_token or 0,
             chunk=chunk,
             trace=output_routing,

@@ -155,10 +155,11 @@ using Draw = std::tuple<double, int64_t, double, double, uint64_t>;
 
 py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, const std::vector<Draw>& sampling,
                   std::optional<std::vector<int64_t>> stop_ids, const Tensors& prompt, const Tensors& answer,
-                  const py::object& answer_at, int64_t experts_per_token, int64_t chunk, bool trace,
-                  const py::object& on_token) {
+                  const py::object& answer_at, int64_t min_new_tokens, int64_t experts_per_token, int64_t chunk,
+                  bool trace, const py::object& on_token) {
   micro::GenerateOptions options;
   options.max_new_tokens = max_new_tokens;
+  options.min_new_tokens = min_new_tokens;
   options.sampling.clear();
   for (const auto& [temperature, top_k, top_p, penalty, seed] : sampling)
     options.sampling.push_back({temperature, top_k, top_p, penalty, seed});
@@ -243,8 +244,8 @@ void bind_engine(py::module_& m) {
            py::kw_only(), "experts_per_token"_a = 0, "trace"_a = false)
       .def("generate", &generate, "Read prompts and write answers: tokens, finish, trace.", "prompts"_a,
            "max_new_tokens"_a, "sampling"_a, "stop_ids"_a, "prompt"_a, "answer"_a, py::kw_only(),
-           "answer_at"_a = py::none(), "experts_per_token"_a = 0, "chunk"_a = 0, "trace"_a = false,
-           "on_token"_a = py::none())
+           "answer_at"_a = py::none(), "min_new_tokens"_a = 0, "experts_per_token"_a = 0, "chunk"_a = 0,
+           "trace"_a = false, "on_token"_a = py::none())
       .def("cancel", &Engine::cancel, "End the running generate() after its present step, from any thread.")
       .def_property_readonly("rows", &Engine::rows)
       .def_property_readonly("lengths", &Engine::lengths)

@@ -76,7 +76,6 @@ void Cache::advance(const int32_t* counts) {
 
 void Cache::truncate(int64_t row, int32_t length) {
   int32_t& own = lengths_[static_cast<size_t>(row)];
-  if (length >= own) return;
   for (int64_t l = 0; l < shape_.layers; ++l) {
     discard_heads(l, row, length, own);
     if (!shape_.lazy) continue;

@@ -43,6 +43,25 @@ engine::CacheShape cache_shape(const ModelConfig& config, at::ScalarType dtype, 
           .lazy = config.is_block() && policy == KeyValuePolicy::kLazy};
 }
 
+// A call that fails leaves the rows as they were.
+class Undo {
+ public:
+  explicit Undo(engine::Cache& cache) : cache_(cache), lengths_(cache.lengths()) {}
+  ~Undo() {
+    if (done_) return;
+    if (lengths_.empty()) cache_.reset();
+    for (size_t row = 0; row < lengths_.size(); ++row) cache_.truncate(static_cast<int64_t>(row), lengths_[row]);
+  }
+  Undo(const Undo&) = delete;
+  Undo& operator=(const Undo&) = delete;
+  void done() { done_ = true; }
+
+ private:
+  engine::Cache& cache_;
+  std::vector<int32_t> lengths_;
+  bool done_ = false;
+};
+
 std::vector<int64_t> numbers(int64_t count) {
   std::vector<int64_t> out(static_cast<size_t>(count));
   std::iota(out.begin(), out.end(), 0);
@@ -198,6 +217,7 @@ CallResult Engine::prefill(const std::vector<std::vector<int64_t>>& tokens, cons
   const int64_t k = s.experts_per_token(options.experts_per_token);
   const engine::PreparedControls controls(options.controls, s.config, rows, s.accumulator());
   const auto trace = s.recorder(options.trace, rows, k);
+  Undo undo(s.cache);
   if (s.cache.rows() == 0) s.cache.start(rows, s.max_length);
   CallResult result;
   s.read({.tokens = tokens,
@@ -208,6 +228,7 @@ CallResult Engine::prefill(const std::vector<std::vector<int64_t>>& tokens, cons
           .trace = trace.get(),
           .step = {}},
          result.logits);
+  undo.done();
   if (trace) result.trace = trace->assemble(std::vector<int64_t>(tokens.size(), 0));
   return result;
 }

@@ -22,8 +22,8 @@ class Answers {
   Answers(engine::State& state, const std::vector<std::vector<int64_t>>& prompts, const GenerateOptions& options)
       : state_(state),
         options_(options),
-        sampler_(options.sampling, static_cast<int64_t>(prompts.size()), state.config.vocab_size),
         stops_(options.stop_ids.value_or(state.config.eos_token_ids)),
+        sampler_(options, stops_, static_cast<int64_t>(prompts.size()), state.config.vocab_size),
         origins_(prompts.size()) {
     std::iota(origins_.begin(), origins_.end(), 0);
     result_.tokens.resize(prompts.size());
@@ -40,10 +40,13 @@ class Answers {
   // A token for every row; rows that end leave the batch, and the last row takes their place. Returns whether any did.
   bool take(const at::Tensor& logits) {
     const size_t count = origins_.size();
-    next_.resize(count);
+    steps_.clear();
+    for (const int64_t row : origins_) steps_.push_back(static_cast<int64_t>(tokens(row).size()));
+    sampler_.draw(logits, origins_, steps_, next_);
     ends_.resize(count);
     for (size_t b = 0; b < count; ++b) {
-      next_[b] = draw(origins_[b], logits[static_cast<int64_t>(b)]);
+      tokens(origins_[b]).push_back(next_[b]);
+      sampler_.see(origins_[b], next_[b]);
       ends_[b] = end(origins_[b], next_[b]);
     }
     for (size_t b = count; b-- > 0;) {
@@ -59,27 +62,22 @@ class Answers {
   }
 
  private:
-  int64_t draw(int64_t row, const at::Tensor& logits) {
-    auto& own = result_.tokens[static_cast<size_t>(row)];
-    const int64_t token = sampler_.draw(row, static_cast<int64_t>(own.size()), logits);
-    own.push_back(token);
-    sampler_.see(row, token);
-    return token;
-  }
+  std::vector<int64_t>& tokens(int64_t row) { return result_.tokens[static_cast<size_t>(row)]; }
 
   // Why a row ends with its newest token, or nothing.
-  std::optional<Finish> end(int64_t row, int64_t token) const {
+  std::optional<Finish> end(int64_t row, int64_t token) {
     const bool told = options_.on_token && options_.on_token(row, token);
     if (std::find(stops_.begin(), stops_.end(), token) != stops_.end()) return Finish::kStop;
     if (told) return Finish::kCallback;
-    const auto written = static_cast<int64_t>(result_.tokens[static_cast<size_t>(row)].size());
-    return written >= options_.max_new_tokens ? std::optional(Finish::kLength) : std::nullopt;
+    return static_cast<int64_t>(tokens(row).size()) >= options_.max_new_tokens ? std::optional(Finish::kLength)
+                                                                               : std::nullopt;
   }
 
   engine::State& state_;
   const GenerateOptions& options_;
+  std::vector<int64_t> stops_;
   engine::Sampler sampler_;
-  std::vector<int64_t> stops_, origins_, next_;
+  std::vector<int64_t> origins_, next_, steps_;
   std::vector<std::optional<Finish>> ends_;
   Generation result_;
 };

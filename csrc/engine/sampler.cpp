@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+
+#include "micro_kernels/sample.h"
+#include "ops/common.h"
 
 namespace micro::engine {
 namespace {
 
-void check(const Sampling& s) {
+void check_numbers(const Sampling& s) {
   TORCH_CHECK_VALUE(std::isfinite(s.temperature) && s.temperature >= 0, "Engine: temperature is ", s.temperature,
                     ", expected a number >= 0 (0: the most probable token)");
   TORCH_CHECK_VALUE(s.top_k >= 0, "Engine: top_k is ", s.top_k, ", expected a number of tokens, or 0 for all");
@@ -18,97 +20,71 @@ void check(const Sampling& s) {
                     s.repetition_penalty, ", expected a number above 0");
 }
 
-// SplitMix64 (Steele, Lea and Flood 2014) of a counter: a number in [0, 1) for each (seed, step).
-double uniform(uint64_t seed, uint64_t step) {
-  const auto mixed = [](uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  };
-  const uint64_t stream = mixed(seed + 0x9e3779b97f4a7c15u);
-  return static_cast<double>(mixed(stream + (step + 1) * 0x9e3779b97f4a7c15u) >> 11) * 0x1.0p-53;
-}
-
-struct Candidate {
-  double score;  // NaN counts as -inf
-  int64_t id;
-};
-
-// Heaps have the largest score, and of equal ones the lowest id, in front.
-bool behind(const Candidate& a, const Candidate& b) { return a.score != b.score ? a.score < b.score : a.id > b.id; }
-
-// The candidate at which the sum of weights, from the first on, exceeds share * total.
-int64_t pick(const std::vector<Candidate>& candidates, const std::vector<double>& weights, double total, double share) {
-  double sum = 0;
-  for (size_t i = 0; i < candidates.size(); ++i) {
-    sum += weights[i];
-    if (sum > share * total) return candidates[i].id;
-  }
-  return candidates.back().id;
-}
-
 }  // namespace
 
-Sampler::Sampler(const std::vector<Sampling>& sampling, int64_t rows, int64_t vocabulary) {
-  TORCH_CHECK_VALUE(sampling.size() == 1 || static_cast<int64_t>(sampling.size()) == rows,
-                    "Engine: sampling is given for ", sampling.size(), " rows, expected 1 (for all) or ", rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    Row own{
-        .sampling = sampling.size() == 1 ? sampling[0] : sampling[static_cast<size_t>(row)], .seen = {}, .known = {}};
-    check(own.sampling);
-    if (sampling.size() == 1) own.sampling.seed += static_cast<uint64_t>(row);
-    if (own.sampling.repetition_penalty != 1) own.known.assign(static_cast<size_t>(vocabulary), false);
-    rows_.push_back(std::move(own));
-  }
+Sampler::Sampler(const GenerateOptions& options, const std::vector<int64_t>& stop_ids, int64_t rows, int64_t vocabulary)
+    : sampling_(options.sampling),
+      stop_ids_(stop_ids),
+      min_new_tokens_(options.min_new_tokens),
+      vocabulary_(vocabulary),
+      rows_(static_cast<size_t>(rows)) {
+  const auto given = static_cast<int64_t>(sampling_.size());
+  TORCH_CHECK_VALUE(given == 1 || given == rows, "Engine: sampling is given for ", given,
+                    " rows, expected 1 (for all) or ", rows);
+  TORCH_CHECK_VALUE(min_new_tokens_ >= 0, "Engine: min_new_tokens is ", min_new_tokens_, ", expected a number >= 0");
+  for (const Sampling& sampling : sampling_) check_numbers(sampling);
+  for (int64_t row = 0; row < rows; ++row)
+    if (of(row).repetition_penalty != 1)
+      rows_[static_cast<size_t>(row)].known.assign(static_cast<size_t>(vocabulary), false);
 }
 
 void Sampler::see(int64_t row, int64_t token) {
   Row& own = rows_[static_cast<size_t>(row)];
   if (own.known.empty() || own.known[static_cast<size_t>(token)]) return;
   own.known[static_cast<size_t>(token)] = true;
-  own.seen.push_back(static_cast<int32_t>(token));
+  own.seen.push_back(token);
 }
 
-// The order of transformers: penalty, temperature, top-k, top-p.
-int64_t Sampler::draw(int64_t row, int64_t step, const at::Tensor& logits) {
-  const Row& own = rows_[static_cast<size_t>(row)];
-  const Sampling& s = own.sampling;
-  const int64_t vocabulary = logits.size(0);
-  std::vector<Candidate> candidates(static_cast<size_t>(vocabulary));
-  for (int64_t id = 0; id < vocabulary; ++id) {
-    const double score = logits.scalar_type() == at::kDouble ? logits.const_data_ptr<double>()[id]
-                                                             : static_cast<double>(logits.const_data_ptr<float>()[id]);
-    candidates[static_cast<size_t>(id)] = {std::isnan(score) ? -std::numeric_limits<double>::infinity() : score, id};
+void Sampler::draw(const at::Tensor& logits, const std::vector<int64_t>& rows, const std::vector<int64_t>& steps,
+                   std::vector<int64_t>& ids) {
+  const auto count = static_cast<int64_t>(rows.size());
+  ids.resize(rows.size());
+  if (sampling_.size() == 1) return draw_some(logits, rows, steps.data(), 0, count, ids.data());
+  for (int64_t b = 0; b < count; ++b) draw_some(logits, rows, steps.data(), b, 1, ids.data());
+}
+
+void Sampler::draw_some(const at::Tensor& logits, const std::vector<int64_t>& rows, const int64_t* steps, int64_t first,
+                        int64_t count, int64_t* ids) {
+  const Sampling& s = of(rows[static_cast<size_t>(first)]);
+  const auto row_of = [&](int64_t b) { return rows[static_cast<size_t>(first + b)]; };
+  size_t longest = 0;
+  for (int64_t b = 0; b < count; ++b) longest = std::max(longest, rows_[static_cast<size_t>(row_of(b))].seen.size());
+  previous_.assign(static_cast<size_t>(count) * longest, -1);  // which is no token
+  seeds_.resize(static_cast<size_t>(count));
+  for (int64_t b = 0; b < count; ++b) {
+    const auto& seen = rows_[static_cast<size_t>(row_of(b))].seen;
+    std::copy(seen.begin(), seen.end(), previous_.begin() + b * static_cast<int64_t>(longest));
+    const uint64_t seed = s.seed + (sampling_.size() == 1 ? static_cast<uint64_t>(row_of(b)) : 0);
+    seeds_[static_cast<size_t>(b)] = static_cast<int64_t>(seed);
   }
-  for (const int32_t id : own.seen) {
-    double& score = candidates[static_cast<size_t>(id)].score;
-    score = score > 0 ? score / s.repetition_penalty : score * s.repetition_penalty;
-  }
-  const Candidate best = *std::max_element(candidates.begin(), candidates.end(), behind);
-  if (s.temperature == 0 || std::isinf(best.score)) return best.id;
-  double total = 0;
-  std::vector<double> weights;
-  const auto weight = [&](const Candidate& c) { return std::exp((c.score - best.score) / s.temperature); };
-  if (s.top_k == 0 && s.top_p == 1) {
-    for (const Candidate& c : candidates) total += weights.emplace_back(weight(c));
-    return pick(candidates, weights, total, uniform(s.seed, static_cast<uint64_t>(step)));
-  }
-  if (s.top_k > 0 && s.top_k < vocabulary) {
-    std::nth_element(candidates.begin(), candidates.begin() + (s.top_k - 1), candidates.end(),
-                     [](const Candidate& a, const Candidate& b) { return behind(b, a); });
-    candidates.resize(static_cast<size_t>(s.top_k));
-  }
-  for (const Candidate& c : candidates) total += weight(c);
-  std::make_heap(candidates.begin(), candidates.end(), behind);
-  std::vector<Candidate> kept;
-  double sum = 0;
-  while (!candidates.empty() && (kept.empty() || sum < s.top_p * total)) {
-    std::pop_heap(candidates.begin(), candidates.end(), behind);
-    kept.push_back(candidates.back());
-    candidates.pop_back();
-    sum += weights.emplace_back(weight(kept.back()));
-  }
-  return pick(kept, weights, sum, uniform(s.seed, static_cast<uint64_t>(step)));
+  const char* from = static_cast<const char*>(logits.const_data_ptr()) + first * vocabulary_ * logits.element_size();
+  check("Engine", micro_kernels::cpu::sample({.logits = from,
+                                              .previous = previous_.data(),
+                                              .stop_ids = stop_ids_.data(),
+                                              .seeds = seeds_.data(),
+                                              .steps = steps + first,
+                                              .ids = ids + first,
+                                              .rows = count,
+                                              .vocab = vocabulary_,
+                                              .previous_count = static_cast<int64_t>(longest),
+                                              .stop_count = static_cast<int64_t>(stop_ids_.size()),
+                                              .min_new_tokens = min_new_tokens_,
+                                              .top_k = s.top_k,
+                                              .top_p = s.top_p,
+                                              .temperature = s.temperature,
+                                              .repetition_penalty = s.repetition_penalty,
+                                              .dtype = kernel_dtype("Engine", logits)},
+                                             parallel_for));
 }
 
 }  // namespace micro::engine

@@ -12,22 +12,31 @@ namespace micro::engine {
 
 class Sampler {
  public:
-  // sampling: one for all rows (row r draws with seed + r), or one per row. Throws ValueError.
-  Sampler(const std::vector<Sampling>& sampling, int64_t rows, int64_t vocabulary);
+  // Throws ValueError.
+  Sampler(const GenerateOptions& options, const std::vector<int64_t>& stop_ids, int64_t rows, int64_t vocabulary);
 
   // Tokens that the repetition penalty of a row knows.
   void see(int64_t row, int64_t token);
 
-  // The token of row `row`, its draw number `step`, from its logits [V] (float32 or float64).
-  int64_t draw(int64_t row, int64_t step, const at::Tensor& logits);
+  // ids[b] is the token number steps[b] of row rows[b], from logits [>= rows.size(), V] (float32 or float64).
+  void draw(const at::Tensor& logits, const std::vector<int64_t>& rows, const std::vector<int64_t>& steps,
+            std::vector<int64_t>& ids);
 
  private:
   struct Row {
-    Sampling sampling;
-    std::vector<int32_t> seen;  // distinct
+    std::vector<int64_t> seen;  // distinct
     std::vector<bool> known;    // [V], where there is a penalty
   };
+  const Sampling& of(int64_t row) const { return sampling_[sampling_.size() == 1 ? 0 : static_cast<size_t>(row)]; }
+  // Rows [first, first + count) of the call, which share their options.
+  void draw_some(const at::Tensor& logits, const std::vector<int64_t>& rows, const int64_t* steps, int64_t first,
+                 int64_t count, int64_t* ids);
+
+  std::vector<Sampling> sampling_;  // one for all rows, or one per row
+  std::vector<int64_t> stop_ids_;
+  int64_t min_new_tokens_, vocabulary_;
   std::vector<Row> rows_;
+  std::vector<int64_t> seeds_, previous_;
 };
 
 }  // namespace micro::engine

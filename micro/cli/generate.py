@@ -31,6 +31,7 @@ def generate(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: that of the file.")] = None,
+    engine: Annotated[bool, typer.Option("--engine", help="Use the C++ engine: the same answers, faster.")] = False,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Colour tokens by expert.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print text, tokens and routing as JSON.")] = False,
 ) -> None:
@@ -51,13 +52,16 @@ def generate(
         "force": force,
         "experts_per_token": experts_per_token,
     }
+    if engine and num_beams != 1:
+        raise ValueError("--engine has no beam search; leave --num-beams out")
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     chosen = {name: value for name, value in drawn.items() if value is not None}
     sampling |= {"do_sample": bool(chosen), **chosen}
     if repetition_penalty is not None:
         sampling["repetition_penalty"] = repetition_penalty
-    session = Session(folder, dtype, sampling, {n: v for n, v in controls.items() if v is not None}, seed, show_routing)
+    given = {n: v for n, v in controls.items() if v is not None}
+    session = Session(folder, dtype, sampling, given, seed, show_routing, engine)
     history = [{"role": "system", "content": system}] if system is not None else []
     if prompt is not None:
         answer = session.answer(session.encode(prompt, history, chat), quiet=json)
@@ -83,6 +87,21 @@ def _lines() -> Any:
             yield line.strip()
 
 
+def open_engine(folder: Path, dtype: Any) -> Any:
+    """The engine over a folder with its tokenizer: ours is mapped, an official one is loaded first."""
+    from micro.cli.analysis_common import load_model
+    from micro.convert.folders import read_json
+    from micro.engine import Engine
+
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("model_type") == "micro":
+        engine = Engine.open(folder, dtype=dtype)
+        if engine.tokenizer is not None:
+            return engine
+    model, tokenizer = load_model(folder)
+    return model.engine(dtype=dtype, tokenizer=tokenizer)
+
+
 @dataclass
 class Answer:
     """One answer: its text, ids of prompt and answer, and the routing of both where it was asked for."""
@@ -104,16 +123,24 @@ class Session:
         controls: dict[str, Any],
         seed: int,
         show_routing: bool,
+        engine: bool,
     ) -> None:
         import torch
 
         from micro.cli.analysis_common import load_model
         from micro.convert.upcycle import resolve_dtype
 
-        self.model, self.tokenizer = load_model(folder)
-        if dtype is not None:
-            self.model = self.model.to(resolve_dtype(dtype))
-        self.sampling, self.controls, self.show_routing = sampling, controls, show_routing
+        wanted = None if dtype is None else resolve_dtype(dtype)
+        self.engine: Any = None
+        self.model: Any = None
+        if engine:
+            self.engine = open_engine(folder, wanted)
+            self.tokenizer = self.engine.tokenizer
+        else:
+            self.model, self.tokenizer = load_model(folder)
+            self.model = self.model if wanted is None else self.model.to(wanted)
+        self.config = (self.engine or self.model).config
+        self.sampling, self.controls, self.show_routing, self.seed = sampling, controls, show_routing, seed
         torch.manual_seed(seed)
 
     def encode(self, text: str, history: list[dict[str, str]], chat: bool) -> Any:
@@ -129,8 +156,6 @@ class Session:
 
     def answer(self, ids: Any, *, quiet: bool = False) -> Answer:
         """Generate after ``ids`` and print the answer unless ``quiet``: as it comes, or coloured at the end."""
-        import torch
-
         if ids.shape[1] == 0:
             raise ValueError("the prompt has no tokens; give some text")
         streamer = None
@@ -138,6 +163,21 @@ class Session:
             from transformers import TextStreamer
 
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        whole, routing = self.whole_answer(ids, streamer)
+        text = self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)
+        answer = Answer(text, whole, ids.shape[1], routing)
+        if not quiet and self.show_routing:
+            typer.echo(self.coloured(answer))
+        elif not quiet and streamer is None:
+            typer.echo(text)
+        return answer
+
+    def whole_answer(self, ids: Any, streamer: Any) -> tuple[list[int], Any]:
+        """Ids of prompt and answer, and their routing; the streamer sees tokens as they are made."""
+        if self.engine is not None:
+            return self.engine_answer(ids, streamer)
+        import torch
+
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -146,14 +186,34 @@ class Session:
             **self.sampling,
             **self.controls,
         )
-        whole = out.sequences[0].tolist()
-        text = self.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)
-        answer = Answer(text, whole, ids.shape[1], out.routing)
-        if not quiet and self.show_routing:
-            typer.echo(self.coloured(answer))
-        elif not quiet and streamer is None:
-            typer.echo(text)
-        return answer
+        return out.sequences[0].tolist(), out.routing
+
+    def engine_answer(self, ids: Any, streamer: Any) -> tuple[list[int], Any]:
+        """As :meth:`whole_answer`, by the engine. Every answer of a conversation draws with a seed of its own."""
+        import torch
+
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+        sampling = {name: self.sampling[name] for name in names if name in self.sampling}
+        if self.sampling["do_sample"]:
+            sampling.setdefault("temperature", 1.0)
+
+        def show(row: int, token: int) -> None:
+            streamer.put(torch.tensor([token]))
+
+        if streamer is not None:
+            streamer.put(ids)
+        out = self.engine.generate(
+            ids,
+            seed=self.seed,
+            on_token=None if streamer is None else show,
+            output_routing=True,
+            **sampling,
+            **self.controls,
+        )
+        self.seed += 1
+        if streamer is not None:
+            streamer.end()
+        return out.prompts[0] + out.tokens[0], out.routing
 
     def coloured(self, answer: Answer) -> str:
         """The answer's tokens in the colour of the expert that most layers chose, with usage below.
@@ -164,7 +224,7 @@ class Session:
         from micro.report.palette import expert_marks
 
         view = trace_view("", self.tokenizer, answer.ids, answer.routing, prompt=answer.prompt_length)
-        view.experts = names = list(self.model.config.expert_names)
+        view.experts = names = list(self.config.expert_names)
         last = "" if answer.ids[-1] in self.tokenizer.all_special_ids else self.tokenizer.decode(answer.ids[-1:])
         text = view.to_ansi() + last
         if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
@@ -179,7 +239,7 @@ class Session:
         """Share of each expert in the choices of all layers at the answer's tokens (of the prompt's where none is)."""
         part = answer.routing.slots(answer.prompt_length, answer.routing.ids.shape[2])
         part = part if part.ids.shape[2] else answer.routing
-        names = self.model.config.expert_names
+        names = self.config.expert_names
         return dict(zip(names, (float(share) for share in part.usage()), strict=True))
 
     def as_dict(self, answer: Answer) -> dict[str, Any]:
@@ -187,7 +247,7 @@ class Session:
         from micro.analysis.views import trace_view
         from micro.data.previews import token_texts
 
-        names = list(self.model.config.expert_names)
+        names = list(self.config.expert_names)
         votes = trace_view("", self.tokenizer, answer.ids, answer.routing).votes()
         texts = token_texts(answer.ids, self.tokenizer)
         tokens = [

@@ -93,6 +93,7 @@ const char* name(Finish value);
 
 struct GenerateOptions {
   int64_t max_new_tokens = 128;
+  int64_t min_new_tokens = 0;                            // before so many, no stop id is drawn
   std::vector<Sampling> sampling = {{}};                 // one for all rows (row r: seed + r), or one per row
   std::optional<std::vector<int64_t>> stop_ids = {};     // none: the configuration's end-of-sequence ids
   Controls prompt = {};                                  // while the prompt is read

@@ -120,6 +120,25 @@ def test_generate_shows_routing_with_marks(folder: Path, capsys: pytest.CaptureF
     assert re.search(r"S social 100%", text)
 
 
+def test_the_engine_gives_the_same_answers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--ablate", "social"], ["--repetition-penalty", "1.5"], ["--force", "world"]):
+        assert json.loads(_generate(folder, capsys, "--json", "--engine", *options)) == json.loads(
+            _generate(folder, capsys, "--json", *options)
+        )
+    assert _generate(folder, capsys, "--engine") == _generate(folder, capsys)
+    one, two, three = (
+        _generate(folder, capsys, "--engine", "--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2")
+    )
+    assert one == two
+    assert one != three
+    assert run(["convert", str(folder / "mixture"), str(tmp_path / "official"), "--to", "official"]) == 0
+    capsys.readouterr()
+    assert run(["generate", str(tmp_path / "official"), "The sum of", "--engine", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == _generate(folder, capsys)
+    assert run(["generate", str(folder / "mixture"), "hello", "--engine", "--num-beams", "2"]) == 2
+    assert "no beam search" in capsys.readouterr().err
+
+
 def test_sampling_is_seeded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two, three = (_generate(folder, capsys, "--temperature", "1.5", "--seed", seed) for seed in ("1", "1", "2"))
     assert one == two
