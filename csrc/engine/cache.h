@@ -27,11 +27,11 @@ class Cache {
   const std::vector<int32_t>& lengths() const { return lengths_; }
   const CacheShape& shape() const { return shape_; }
 
-  void start(int64_t rows, int64_t slots);  // empty rows
-  void reserve(int64_t slots);              // room for so many slots, what is there stays
-  void advance(const int32_t* counts);      // each row has so many slots more
+  void start(int64_t rows, int64_t slots);     // empty rows
+  void reserve(int64_t slots);                 // room for so many slots, what is there stays
+  void advance(const int32_t* counts);         // each row has so many slots more
   void truncate(int64_t row, int32_t length);  // to the row's length or less
-  void drop(int64_t row);  // the last row takes its number
+  void drop(int64_t row);                      // the last row takes its number
   void select(const std::vector<int64_t>& rows);
   void reset();
 
