@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "micro_kernels/isa.h"
@@ -27,12 +26,12 @@ bool in_range(const int32_t* values, int64_t count, int64_t end) {
 }
 
 // Zero is all bits zero in every element type.
-void copy_row(const PermuteParams& p, int64_t row, size_t bytes) {
-  char* y = static_cast<char*>(p.y) + static_cast<size_t>(row) * bytes;
+void copy_row(const PermuteParams& p, int64_t row, int64_t bytes) {
+  char* y = static_cast<char*>(p.y) + row * bytes;
   if (row < p.offsets[p.experts])
-    std::memcpy(y, static_cast<const char*>(p.x) + static_cast<size_t>(p.tokens[row]) * bytes, bytes);
+    std::copy_n(static_cast<const char*>(p.x) + p.tokens[row] * bytes, bytes, y);
   else
-    std::memset(y, 0, bytes);
+    std::fill_n(y, bytes, char(0));
 }
 
 // Stored: the element as the loops see it, plain bits for bfloat16.
@@ -56,7 +55,7 @@ void all_sums(const PermuteBackwardParams& p, const ParallelFor& parallel_for, R
 
 Status permute(const PermuteParams& p, const ParallelFor& parallel_for) {
   if (!in_range(p.tokens, p.rows, p.token_count)) return Status::kIndexOutOfRange;
-  const auto bytes = static_cast<size_t>(p.hidden) * dispatch(p.dtype, []<class T>() { return sizeof(T); });
+  const int64_t bytes = p.hidden * dispatch(p.dtype, []<class T>() { return int64_t{sizeof(T)}; });
   parallel_for(p.rows, kGrainElements / std::max<int64_t>(1, p.hidden) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) copy_row(p, row, bytes);
   });
