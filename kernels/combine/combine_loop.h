@@ -13,7 +13,7 @@ void sum(const WeightedRow<T, Acc>* rows, int64_t count, T* out, int64_t hidden)
   each_vector<Acc>(hidden, [&](int64_t h, int64_t left) {
     Vec<Acc> total{};
     for (int64_t i = 0; i < count; ++i)
-      total = stored_value<T>(total + stored_value<T>(load_wide(rows[i].y + h, left) * rows[i].weight));
+      total = rounded<T>(total + rounded<T>(load_wide(rows[i].y + h, left) * rows[i].weight));
     store_narrow<T>(out + h, total, left);
   });
 }

@@ -403,14 +403,6 @@ inline void few_sums(const LinearPart& part, const Matrix& matrix, int64_t colum
 
 // ---- what happens to finished sums ---------------------------------------------------------------------------------
 
-template <class T>
-inline Vec<typename Stored<T>::Acc> rounded(Vec<typename Stored<T>::Acc> v) {
-  if constexpr (sizeof(T) == 2)
-    return (Vec<float>)(bfloat16_bits(v) << 16);
-  else
-    return v;
-}
-
 template <class Mode>
 inline void finish_row(const LinearPart& part, int64_t r, int64_t column, const typename Mode::Acc* sums,
                        const typename Mode::Acc* up_sums) {

@@ -20,7 +20,7 @@ struct Rows {
   static void apply(const T* x, Acc scale, const NormCopies<T>& copies, int64_t hidden, bool round_before_gain) {
     each_vector<Acc>(hidden, [&](int64_t h, int64_t left) {
       const Vec<Acc> scaled = load_wide(x + h, left) * scale;
-      const Vec<Acc> norm = round_before_gain ? stored_value<T>(scaled) : scaled;
+      const Vec<Acc> norm = round_before_gain ? rounded<T>(scaled) : scaled;
       for (int64_t c = 0; c < copies.count; ++c)
         store_narrow<T>(copies.y[c] + h, norm * load_wide(copies.gain[c] + h, left), left);
     });

@@ -50,9 +50,11 @@ inline void store_narrow(T* to, Vec<typename Stored<T>::Acc> v, int64_t count) {
 
 // What is left of v after a store and a load.
 template <class T>
-inline Vec<typename Stored<T>::Acc> stored_value(Vec<typename Stored<T>::Acc> v) {
-  if constexpr (sizeof(T) == 2) return (Vec<float>)(bfloat16_bits(v) << 16);
-  return v;
+inline Vec<typename Stored<T>::Acc> rounded(Vec<typename Stored<T>::Acc> v) {
+  if constexpr (sizeof(T) == 2)
+    return (Vec<float>)(bfloat16_bits(v) << 16);
+  else
+    return v;
 }
 
 // Calls body(i, left) for each vector of `count` elements: `left` is a whole vector's width, and in the last call what
