@@ -82,8 +82,13 @@ GOALS = [
         ("G8/backward/bf16", "expert attention over causal SDPA, T = 2048, BF16, forward + backward", 1.4, 0.7),
         ("G8/forward/fp32", "expert attention over causal SDPA, T = 2048, fp32, forward", 1.2, 0.6),
         ("G8/backward/fp32", "expert attention over causal SDPA, T = 2048, fp32, forward + backward", 1.4, 0.7),
-        ("G8/forward/runs", "the same, BF16, routing in runs of 8 tokens, forward", 1.2, 0.6),
-        ("G8/backward/runs", "the same, BF16, routing in runs of 8 tokens, forward + backward", 1.4, 0.7),
+        ("G8/forward/runs", "expert attention over causal SDPA, T = 2048, BF16, runs of 8 tokens, forward", 1.2, 0.6),
+        (
+            "G8/backward/runs",
+            "expert attention over causal SDPA, T = 2048, BF16, runs of 8 tokens, forward + backward",
+            1.4,
+            0.7,
+        ),
     ),
     *_goals(
         "higher",
@@ -97,8 +102,13 @@ GOALS = [
         ("G9d/512", "forward + backward time over dense transformers, T = 512", 1.3, 0.9),
         ("G9d/1024", "forward + backward time over dense transformers, T = 1024", 1.3, 0.9),
         ("G10/engine", "peak memory above the weights, 4 k prompt + 64 tokens, engine over official", 0.6, 0.5),
-        ("G10/generate", "the same, generate() over official", 0.6, 0.5),
-        ("G10/all_logits", "the same, engine over official as its own generation does it (all logits)", 0.6, 0.5),
+        ("G10/generate", "peak memory above the weights, 4 k prompt + 64 tokens, generate() over official", 0.6, 0.5),
+        (
+            "G10/all_logits",
+            "peak memory, 4 k prompt + 64 tokens, engine over official generation (all logits)",
+            0.6,
+            0.5,
+        ),
         (
             "G10/training",
             "peak memory of forward + backward above weights and gradients, T = 2048, over official",

@@ -11,6 +11,7 @@ from typing import Any
 from goals import BY_KEY, GOALS, Line, Skipped
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+PICTURE = "goals.png"
 COLOURS = {"target": "#1b7837", "floor": "#7fbf7b", "missed": "#d95f02", "": "#888888"}
 
 
@@ -109,7 +110,8 @@ def fill(readme: Path, folder: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{table(folder)}\n{END}{after}")
+    picture = f"![times the floor](results/{folder.name}/{PICTURE})"
+    readme.write_text(f"{before}{BEGIN}\n{table(folder)}\n\n{picture}\n{END}{after}")
 
 
 # ---- plot ------------------------------------------------------------------------------------------------------------
@@ -140,13 +142,14 @@ def plot(folder: Path, path: Path) -> None:
         axes.plot(ends, [y, y], color="black", linewidth=1)
         axes.plot([share(goal.target)] * 2, [y - 0.42, y + 0.42], color="black", linewidth=2)
         sign = "" if goal.better == "higher" else "<= "
-        text = f"{value['median']:.2f}   (floor {sign}{goal.floor:g}, target {sign}{goal.target:g})"
+        beyond = "\u00bb " if share(value["median"]) > most else ""  # the bar is cut off
+        text = f"{beyond}{value['median']:.2f}   (floor {sign}{goal.floor:g}, target {sign}{goal.target:g})"
         axes.text(max(ends[1], share(goal.target), bar) + 0.03, y, text, va="center", fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(goals)), [f"{g.name}  {g.what}" for g in goals], fontsize=8)
     axes.set_xlim(0, most + 0.9)
     axes.set_ylim(-0.7, len(goals) - 0.3)
-    axes.set_xlabel("times the floor, to the right is better; dashed: floor, thick mark: target, thin line: extremes")
+    axes.set_xlabel("times the floor (dashed); thick mark: target; thin line: extremes")
     names = {"target": "target reached", "floor": "floor reached", "missed": "floor missed"}
     handles = [Patch(color=COLOURS[kind]) for kind in names]
     axes.legend(handles, names.values(), loc="lower right", fontsize=8)

@@ -1,4 +1,4 @@
-"""Single operators: FFN-expert block (G6), grouped product (G7, G12), expert attention (G8)."""
+"""Single operators: grouped product (G7, G12), expert attention (G8)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from experiment import BF16, DTYPES, Experiment, Table
+from experiment import DTYPES, Experiment, Table
 from goals import Line, Skipped
 from lab import Lab
 from machine import program
@@ -18,76 +17,9 @@ from outputs import compare
 from paired import Rounds, looped
 from shapes import EXPERTS, SMOLLM2_135M
 from torch import Tensor
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from micro import ops
-from micro.modeling import MiCRoConfig
-from micro.modeling.ffn_block import MiCRoFFNLayer
 from micro.testing import reference
-
-LAYERS = 16  # in turn, so that weights come from memory as in a model
-
-
-# ---- FFN-expert block ------------------------------------------------------------------------------------------------
-
-
-class FFNBlock:
-    """One layer's FFN experts with their router, ours and those of transformers, equal weights."""
-
-    def __init__(self, hidden: int, inner: int, index: int) -> None:
-        sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 4}
-        config = MiCRoConfig(block_type="ffn", num_hidden_layers=1, num_experts=EXPERTS, head_dim=16, **sizes)
-        self.layer = MiCRoFFNLayer(config, 0).to(BF16).eval().requires_grad_(False)
-        for name, parameter in self.layer.named_parameters():
-            if "blocks" in name or "router" in name:
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-        readers = torch.eye(hidden)[[(e + index) % EXPERTS for e in range(EXPERTS)]].to(BF16)
-        self.layer.router.in_proj.weight[:EXPERTS] = readers
-        self.layer.router.out_proj.weight.copy_(torch.eye(EXPERTS, hidden))
-        self.theirs = {name: self._mixtral(sizes, readers, name) for name in ("eager", "grouped_mm")}
-
-    def _mixtral(self, sizes: dict[str, Any], readers: Tensor, implementation: str) -> Any:
-        config = MixtralConfig(num_local_experts=EXPERTS, num_experts_per_tok=1, **sizes)
-        config._experts_implementation = implementation
-        blocks = self.layer.blocks
-        block = MixtralSparseMoeBlock(config).to(BF16).eval().requires_grad_(False)
-        block.gate.weight.copy_(readers)
-        block.experts.gate_up_proj.copy_(torch.cat([blocks.gate_proj.weight, blocks.up_proj.weight], 1))
-        block.experts.down_proj.copy_(blocks.down_proj.weight)
-        return block
-
-    def ours(self, x: Tensor) -> Tensor:
-        """The operators of MiCRoFFNLayer behind its norm."""
-        routing = ops.route(self.layer.router(x), 1)
-        weights = routing.weights.to(x.dtype)
-        plan = ops.plan(routing.ids, EXPERTS, weights)
-        rows = ops.permute(x, plan.tokens, plan.offsets, plan.inverse)
-        out = self.layer.blocks.ffn(rows, plan.offsets)
-        return ops.combine(out, weights, plan.experts, plan.offsets, plan.inverse)
-
-
-@torch.no_grad()
-def ffn_experts(lab: Lab) -> Iterator[Line]:
-    """Against the faster of the two ways that transformers has on a CPU."""
-    torch.manual_seed(0)
-    shape = lab.shape(SMOLLM2_135M)
-    lab.say("drawing weights")
-    blocks = [FFNBlock(shape.hidden, shape.inner, index) for index in range(2 if lab.options.quick else LAYERS)]
-    for tokens in (512, 32, 1):
-        x = torch.randn(tokens, shape.hidden).to(BF16)
-        x[:, :EXPERTS] = F.one_hot(torch.arange(tokens) % EXPERTS, EXPERTS).to(BF16)
-        sides: dict[str, Callable[[], object]] = {"ours": lambda x=x: [block.ours(x) for block in blocks]}  # type: ignore[misc]
-        for name in ("eager", "grouped_mm"):
-            sides[name] = lambda x=x, name=name: [block.theirs[name](x[None]) for block in blocks]  # type: ignore[misc]
-        want = {"output": blocks[0].theirs["eager"](x[None])[0].float()}
-        compared = compare("FFN block", {"output": blocks[0].ours(x).float()}, want, BF16)
-        table = Table(lab, lab.rounds({name: looped(side) for name, side in sides.items()}))
-        faster = min(("eager", "grouped_mm"), key=table.rounds.median)
-        line = table.line(f"G6/{tokens}", "ours", faster, f"transformers' experts, {faster}", compared)
-        line.note = f"{len(blocks)} layers in turn; times are of all of them"
-        yield line
-
 
 # ---- grouped product -------------------------------------------------------------------------------------------------
 
@@ -188,7 +120,6 @@ def attention(lab: Lab, dtype: str, kind: str, suffix: str) -> Iterator[Line]:
 
 
 EXPERIMENTS = [
-    Experiment("ffn_experts", ("G6/512", "G6/32", "G6/1"), 1.5, ffn_experts),
     Experiment("grouped_product", ("G7/128", "G7/16", "G12/128", "G12/16", "G12/1"), 1, grouped_product),
     *(
         Experiment(

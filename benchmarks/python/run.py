@@ -21,6 +21,7 @@ from typing import Any
 import machine
 import report
 import rows_decode
+import rows_ffn
 import rows_kernels
 import rows_llama_cpp
 import rows_memory
@@ -36,6 +37,7 @@ import micro
 
 EXPERIMENTS: list[Experiment] = [
     *rows_kernels.EXPERIMENTS,
+    *rows_ffn.EXPERIMENTS,
     *rows_decode.EXPERIMENTS,
     *rows_prefill.EXPERIMENTS,
     *rows_training.EXPERIMENTS,
@@ -194,7 +196,7 @@ def publish(folder: Path, options: argparse.Namespace) -> None:
     """Table and plot of everything that the folder holds; the README only shows real runs of the default folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(report.table(folder) + "\n")
-    report.plot(folder, folder / "goals.png")
+    report.plot(folder, folder / report.PICTURE)
     if folder == RESULTS / "goals" and not options.quick:
         report.fill(machine.ROOT / "benchmarks" / "README.md", folder)
     print(f"table and plot: {folder}")
