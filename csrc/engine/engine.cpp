@@ -175,10 +175,10 @@ Engine Engine::open(const std::string& folder, const EngineOptions& options) {
 }
 
 Engine::Engine(const Checkpoint& checkpoint, const EngineOptions& options)
-    : state_(std::make_unique<engine::State>(
-          checkpoint.config(), options, checkpoint.dtype(),
-          engine::ModelTensors{checkpoint.embed_tokens(), checkpoint.final_norm(), checkpoint.lm_head()},
-          [&](int64_t index) { return checkpoint.layer(index); })) {}
+    : state_(std::make_unique<engine::State>(checkpoint.config(), options, checkpoint.dtype(),
+                                             engine::ModelTensors{checkpoint.embed_tokens(), checkpoint.final_norm(),
+                                                                  checkpoint.lm_head(), /*mapped=*/true},
+                                             [&](int64_t index) { return checkpoint.layer(index); })) {}
 
 Engine::Engine(const ModelConfig& config, const std::map<std::string, at::Tensor>& parameters,
                const EngineOptions& options) {

@@ -27,6 +27,7 @@ using micro_kernels::LinearPart;
 
 constexpr char kName[] = "Engine";
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kPositions = 256;
 constexpr int64_t kHeadRows = 256;  // whose logits are formed at once
 constexpr int64_t kKeyRows = 256;   // keys that are made up at once
 
@@ -117,6 +118,7 @@ Forward::Forward(const ModelConfig& config, const Weights& weights, Numerics num
 // Llama rounds the tables to the element type, OLMo-2 does not (model.md 2.2).
 void Forward::reserve(int64_t slots) {
   if (slots <= positions_) return;
+  slots = round_up(std::max(slots, 2 * positions_), kPositions);  // a growing row asks again and again
   const at::ScalarType accumulator = wide_ == 8 ? at::kDouble : at::kFloat;
   const at::Tensor frequencies = rope_frequencies(config_.head_dim, config_.rope_theta, config_.rope_scaling);
   const RopeTable table = rope_table(at::arange(slots, at::kLong), frequencies);

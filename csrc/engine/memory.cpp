@@ -47,4 +47,10 @@ int64_t Mapping::resident_bytes() const {
   return pages * page_bytes();
 }
 
+void let_go(const void* data, int64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(data), page = static_cast<uintptr_t>(page_bytes());
+  const uintptr_t first = begin / page * page, last = begin + static_cast<uintptr_t>(bytes);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 }  // namespace micro::engine

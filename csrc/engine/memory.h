@@ -43,4 +43,7 @@ class Mapping {
   int64_t bytes_ = 0;
 };
 
+// Pages of a file that is mapped for reading leave this process; reading them again brings them back.
+void let_go(const void* data, int64_t bytes);
+
 }  // namespace micro::engine

@@ -100,7 +100,7 @@ ModelTensors Parameters::tensors() const {
   return {.embed_tokens = embedding,
           .final_norm = find("model.norm.weight"),
           .lm_head = config_.tie_word_embeddings ? embedding : find("lm_head.weight"),
-          .borrowed = true};
+          .mapped = false};
 }
 
 LayerTensors Parameters::layer(int64_t index) const {

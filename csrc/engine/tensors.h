@@ -12,7 +12,7 @@ struct ModelTensors {
   at::Tensor embed_tokens;  // [V, H]
   at::Tensor final_norm;    // [H]
   at::Tensor lm_head;       // [V, H]
-  bool borrowed = false;    // the caller may change them: what is kept must be a copy
+  bool mapped = false;      // they lie in mapped files; otherwise the caller may change them: what is kept is a copy
 };
 
 // Parameters by in-memory name. Throws ValueError that lists what is missing or has another shape.

@@ -23,6 +23,12 @@ at::Tensor wide(const at::Tensor& tensor) {
   return tensor.to(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+// The file's copy of a tensor that is packed need not stay in memory beside it.
+void let_go(const std::vector<at::Tensor>& mapped) {
+  for (const at::Tensor& tensor : mapped)
+    engine::let_go(tensor.const_data_ptr(), tensor.numel() * tensor.element_size());
+}
+
 at::Tensor with_gain(const at::Tensor& matrix, const at::Tensor& gain, at::ScalarType dtype) {
   return (wide(matrix) * wide(gain)).to(dtype);
 }
@@ -33,12 +39,21 @@ Weights::Weights(const ModelConfig& config, const ModelTensors& tensors, const L
                  WeightStore store, at::ScalarType dtype)
     : dtype_(dtype), store_(store) {
   const at::Tensor table = typed(tensors.embed_tokens);
-  embedding_ = tensors.borrowed && table.is_alias_of(tensors.embed_tokens) ? table.clone() : table;
+  embedding_ = !tensors.mapped && table.is_alias_of(tensors.embed_tokens) ? table.clone() : table;
   bytes_ += embedding_.numel() * embedding_.element_size();
   final_norm_ = gains({tensors.final_norm});
   head_ = pack("lm_head", {tensors.lm_head})[0];
+  if (tensors.mapped) let_go({tensors.embed_tokens, tensors.lm_head});
   layers_.reserve(static_cast<size_t>(config.num_hidden_layers));
-  for (int64_t l = 0; l < config.num_hidden_layers; ++l) add_layer(config, layers(l), numerics == Numerics::kFast);
+  for (int64_t l = 0; l < config.num_hidden_layers; ++l) {
+    const LayerTensors layer = layers(l);
+    add_layer(config, layer, numerics == Numerics::kFast);
+    if (!tensors.mapped) continue;
+    let_go({layer.router_in_proj, layer.router_out_proj});
+    for (const auto* list : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj,
+                             &layer.up_proj, &layer.down_proj})
+      let_go(*list);
+  }
 }
 
 void Weights::add_layer(const ModelConfig& config, LayerTensors tensors, bool fold) {
