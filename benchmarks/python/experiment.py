@@ -27,8 +27,9 @@ class Experiment:
     minutes: float
     run: Callable[[Lab], Iterable[Line | Skipped]]
 
-    def wanted(self, names: set[str]) -> bool:
-        return not names or any(BY_KEY[key].name in names for key in self.goals)
+    def keys(self, names: set[str]) -> set[str]:
+        """The goals of this experiment among those asked for; no names: all."""
+        return {key for key in self.goals if not names or BY_KEY[key].name in names}
 
 
 def wants(lab: Lab, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "build" / "dev" / "benchmarks" / "cpp"
+MEASURED = ("micro", "csrc", "kernels", "benchmarks/python", "benchmarks/cpp", "constraints.txt")
 PACKAGES = ("transformers", "numpy", "llama_cpp_python", "zentorch")
 
 
@@ -92,13 +94,22 @@ def cpu() -> str:
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
-    sources = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!*.md")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if sources else "")
+
+def commit() -> str:
+    """The commit, and whether sources differ from it."""
+    return _git("rev-parse", "--short", "HEAD") + (
+        "+changes" if _git("diff", "HEAD", "--stat", "--", *MEASURED) else ""
+    )
+
+
+def sources() -> str:
+    """A digest of what is measured and how, uncommitted changes included: equal sources, equal digest."""
+    content = _git("ls-tree", "HEAD", *MEASURED) + _git("diff", "HEAD", "--", *MEASURED)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def available_bytes() -> int:

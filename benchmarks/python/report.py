@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from goals import BY_KEY, GOALS, Line, Skipped
+from goals import BY_KEY, GOALS, Line
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PICTURE = "goals.png"
@@ -30,19 +30,15 @@ def as_json(line: Line) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """By goal: its line, with the experiment's environment beside it. Skipped goals have "why"."""
+    """By goal: its line, with settings and environment. Goals that were skipped have "why"."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         for line in content["lines"]:
-            found[line["key"]] = {**line, "experiment": content["experiment"], "environment": content["environment"]}
+            found[line["key"]] = line
         for skipped in content["skipped"]:
-            found.setdefault(skipped["key"], {**skipped, "environment": content["environment"]})
+            found.setdefault(skipped["key"], skipped)
     return found
-
-
-def skipped_json(skipped: Skipped) -> dict[str, str]:
-    return {"key": skipped.key, "why": skipped.why}
 
 
 # ---- table -----------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def settings(options: argparse.Namespace, reference: str) -> dict[str, Any]:
     """What must be equal for a result to count as measured already."""
     return {
-        "commit": machine.commit(),
+        "sources": machine.sources(),
         "cpu": machine.cpu(),
         "instruction_set": micro.build_info()["isa"],
         "torch": torch.__version__,
@@ -88,14 +88,10 @@ def settings(options: argparse.Namespace, reference: str) -> dict[str, Any]:
     }
 
 
-def is_current(path: Path, now: dict[str, Any], wanted: set[str]) -> bool:
-    """Whether a file holds an experiment of the same settings with all goals that are wanted now, none skipped."""
-    if not path.is_file():
-        return False
-    content = json.loads(path.read_text())
-    had = set(content["wanted"])
-    covered = not had or (wanted and wanted <= had)
-    return bool(content["settings"] == now and covered and not content["skipped"])
+def is_current(path: Path, keys: set[str], now: dict[str, Any]) -> bool:
+    """Whether a file holds a figure of every one of these goals, taken under these settings."""
+    lines = json.loads(path.read_text())["lines"] if path.is_file() else []
+    return keys <= {line["key"] for line in lines if line["settings"] == now}
 
 
 def announce(todo: list[Experiment], done: list[Experiment], options: argparse.Namespace, reference: str) -> None:
@@ -114,28 +110,30 @@ def announce(todo: list[Experiment], done: list[Experiment], options: argparse.N
     sys.stdout.flush()
 
 
-def measure(lab: Lab, experiment: Experiment, options: argparse.Namespace, now: dict[str, Any]) -> dict[str, Any]:
-    """Run one experiment; its lines are printed as they come."""
+def measure(
+    lab: Lab, experiment: Experiment, options: argparse.Namespace, now: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """Run one experiment; its lines are printed as they come. Lines of ``path`` that were not asked for stay."""
     lab.start(experiment.name)
     lab.recorded = []
     environment = machine.environment(options.threads, 1 if options.quick else 5)
     lines, skipped = [], []
     for result in experiment.run(lab):
         if isinstance(result, Line):
-            lines.append(report.as_json(result))
+            lines.append({**report.as_json(result), "settings": now, "environment": environment})
             fast = f", fast {result.fast}" if result.fast else ""
             times = f"{result.ours} / {result.theirs}"
             print(f"{result.key:<20} {result.value}{fast}   {times}   {result.against}; {result.note}")
         else:
-            skipped.append(report.skipped_json(result))
+            skipped.append({"key": result.key, "why": result.why, "environment": environment})
             print(f"{result.key:<20} not measured: {result.why}")
         sys.stdout.flush()
+    new = {line["key"] for line in lines}
+    if path.is_file():
+        lines += [line for line in json.loads(path.read_text())["lines"] if line["key"] not in new]
     return {
         "experiment": experiment.name,
         "command": f"make bench ROWS={','.join(dict.fromkeys(key.split('/')[0] for key in experiment.goals))}",
-        "settings": now,
-        "wanted": sorted(options.wanted),
-        "environment": environment,
         "numerics": "reference; fast beside it",
         "shortest_region_seconds": min((min(t) for r in lab.recorded for t in r.values()), default=None),
         "lines": lines,
@@ -163,8 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     )
     now = settings(options, lab.reference_name)
-    asked = [e for e in EXPERIMENTS if e.wanted(options.wanted)]
-    done = [e for e in asked if not options.again and is_current(folder / f"{e.name}.json", now, options.wanted)]
+    asked = [e for e in EXPERIMENTS if e.keys(options.wanted)]
+    paths = {e.name: folder / f"{e.name}.json" for e in EXPERIMENTS}
+    done = [e for e in asked if not options.again and is_current(paths[e.name], e.keys(options.wanted), now)]
     todo = [e for e in asked if e not in done]
     announce(todo, done, options, lab.reference_name)
     failed: list[str] = []
@@ -172,13 +171,13 @@ def main(arguments: list[str] | None = None) -> int:
         for experiment in [] if options.list else todo:
             began = time.monotonic()
             try:
-                content = measure(lab, experiment, options, now)
+                content = measure(lab, experiment, options, now, paths[experiment.name])
             except Exception as error:
                 traceback.print_exc()
                 print(f"{experiment.name}: {type(error).__name__}: {error}", file=sys.stderr)
                 failed.append(experiment.name)
                 continue
-            report.write_json(folder / f"{experiment.name}.json", content)
+            report.write_json(paths[experiment.name], content)
             lab.say(f"done in {(time.monotonic() - began) / 60:.1f} min")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on with what is missing", file=sys.stderr)

@@ -69,55 +69,57 @@ def bench(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_rows_run_are_kept_and_reported(tmp_path: Path) -> None:
-    assert "official side: all-expert stand-in" in bench(tmp_path, "--rows", "G3c,G6,G7,G9c")
-    lines = {}
-    for path in tmp_path.glob("*.json"):
-        content = json.loads(path.read_text())
-        lines |= {line["key"]: line for line in content["lines"]}
-        assert content["environment"]["probes"]["stream_read_gb_per_s"] > 0
-        assert {"load_average", "cpu", "instruction_set", "torch", "commit"} <= set(content["environment"])
-    assert {"G3c/forward", "G6/1", "G7/16", "G9c"} <= set(lines)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run with a user's copy as the official side: every kind of row but the slow ones."""
+    copy = tmp_path_factory.mktemp("copy")
+    (copy / "models").mkdir()
+    (copy / "models" / "some_file.py").write_text(COPY)
+    (copy / "models" / "base.py").write_text(BASE)
+    folder = tmp_path_factory.mktemp("results")
+    out = bench(folder, "--rows", "G1b,G3c,G6,G7", "--official", str(copy))
+    assert "official side: official classes (r2, transformers" in out
+    assert list(copy.glob("**/*.pyc")) == []  # nothing is written into a user's folder
+    return folder
+
+
+def lines_of(folder: Path) -> dict[str, dict[str, Any]]:
+    contents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return {line["key"]: line for content in contents for line in content["lines"]}
+
+
+def test_rows_run_and_are_reported(results: Path) -> None:
+    lines = lines_of(results)
+    assert {"G1b/llama", "G1b/olmo2", "G3c/forward", "G3c/engine", "G6/512", "G6/32", "G6/1", "G7/128"} <= set(lines)
     for key, line in lines.items():
         value = line["value"]
         assert 0 < value["low"] <= value["median"] <= value["high"] < math.inf, key
         assert line["compared"], f"{key}: nothing was compared"
-    table = (tmp_path / "table.md").read_text()
+        assert line["environment"]["probes"]["stream_read_gb_per_s"] > 0
+        assert {"load_average", "cpu", "instruction_set", "torch", "commit"} <= set(line["environment"])
+    table = (results / "table.md").read_text()
     assert all(line["goal"]["what"] in table for line in lines.values())
-    assert (tmp_path / "goals.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "goals.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_copy_of_the_official_classes_runs_in_a_worker(tmp_path: Path) -> None:
-    copy = tmp_path / "copy" / "models"
-    copy.mkdir(parents=True)
-    (copy / "some_file.py").write_text(COPY)
-    (copy / "base.py").write_text(BASE)
-    out = bench(tmp_path / "out", "--rows", "G1b,G9c", "--rounds", "1", "--official", str(copy.parent))
-    assert "official side: official classes (r2, transformers" in out
-    for name, key in (("prefill_1b_llama", "G1b/llama"), ("prefill_1b_olmo2", "G1b/olmo2"), ("stage_2_step", "G9c")):
-        content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        line = next(line for line in content["lines"] if line["key"] == key)
-        assert line["against"].startswith("official classes")
-        assert set(line["compared"]) in ({"logits", "routes"}, {"losses"})
-    assert list(copy.glob("**/*.pyc")) == []  # nothing is written into a user's folder
+def test_a_copy_of_the_official_classes_is_the_other_side(results: Path) -> None:
+    lines = lines_of(results)
+    for key in ("G1b/llama", "G1b/olmo2", "G3c/forward"):
+        assert lines[key]["against"].startswith("official classes"), key
+    assert set(lines["G1b/llama"]["compared"]) == set(lines["G1b/olmo2"]["compared"]) == {"logits", "routes"}
+    assert "theirs tokens" in lines["G3c/forward"]["compared"]
 
 
 def test_what_is_measured_already_is_left_alone(scripts: Any, tmp_path: Path) -> None:
     import run
 
-    now = {"commit": "abc"}
-    content: dict[str, Any] = {"settings": now, "wanted": [], "skipped": []}
-
-    def current(wanted: set[str], **changes: Any) -> bool:
-        scripts.report.write_json(tmp_path / "e.json", {**content, **changes})
-        return run.is_current(tmp_path / "e.json", now, wanted)
-
-    assert current({"G2"}) and current(set())
-    assert current({"G2"}, wanted=["G1", "G2"])
-    assert not current(set(), wanted=["G1"]) and not current({"G2"}, wanted=["G1"])
-    assert not current({"G2"}, settings={"commit": "def"})
-    assert not current({"G2"}, skipped=[{"key": "G2/512", "why": "something is not installed"}])
-    assert not run.is_current(tmp_path / "none.json", now, set())
+    path, now = tmp_path / "e.json", {"sources": "abc"}
+    assert not run.is_current(path, {"G2/512"}, now)
+    lines = [{"key": "G2/512", "settings": now}, {"key": "G1/512/bf16", "settings": {"sources": "other"}}]
+    scripts.report.write_json(path, {"lines": lines, "skipped": [{"key": "G5/decode", "why": "not installed"}]})
+    assert run.is_current(path, {"G2/512"}, now)
+    assert not run.is_current(path, {"G2/512", "G1/512/bf16"}, now)  # from other sources
+    assert not run.is_current(path, {"G5/decode"}, now)  # skipped
 
 
 def test_a_difference_ends_the_measurement(scripts: Any) -> None:
