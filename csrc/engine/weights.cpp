@@ -17,6 +17,7 @@ using micro_kernels::WeightFormat;
 
 constexpr char kName[] = "Engine";
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kMapping = 64 << 20;  // reserved at once; pages appear where weights are written
 
 // Sums and products before the one rounding to the element type.
 at::Tensor wide(const at::Tensor& tensor) {
@@ -141,11 +142,17 @@ at::Tensor Weights::gains(const std::vector<at::Tensor>& tensors) {
 
 at::Tensor Weights::typed(const at::Tensor& tensor) const { return tensor.to(dtype_).contiguous(); }
 
+// From large mappings: a matrix alone may be too small for large pages, and these save a good part of its reading time.
 char* Weights::take(int64_t bytes) {
   bytes = round_up(bytes, kAlignment);
-  memory_.emplace_back(bytes, Pages::kHuge);
+  if (bytes > free_) {
+    memory_.emplace_back(std::max(bytes, kMapping), Pages::kHuge);
+    free_ = memory_.back().bytes();
+  }
+  char* data = memory_.back().data() + memory_.back().bytes() - free_;
+  free_ -= bytes;
   bytes_ += bytes;
-  return memory_.back().data();
+  return data;
 }
 
 std::map<std::string, QuantizationError> Weights::errors() const {

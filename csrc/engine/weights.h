@@ -58,6 +58,7 @@ class Weights {
   micro_kernels::Matrix head_;
   std::vector<LayerWeights> layers_;
   std::vector<Mapping> memory_;
+  int64_t free_ = 0;  // bytes at the end of the last mapping
   std::map<std::string, ErrorSum> errors_;
   int64_t bytes_ = 0;
 };

@@ -29,7 +29,7 @@ const LinearKernels& kernels(DType dtype) {
 
 int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
-// Calls body(part, piece, scratch) for each of pieces_of(part) pieces of each part.
+// Calls body(part number, piece, scratch) for each of pieces_of(part) pieces of each part.
 template <class Part, class PiecesOf, class Body>
 void each_piece(const Part* parts, int64_t count, int64_t scratch, const ParallelFor& parallel_for,
                 const PiecesOf& pieces_of, const Body& body) {
@@ -37,7 +37,7 @@ void each_piece(const Part* parts, int64_t count, int64_t scratch, const Paralle
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + pieces_of(parts[i]);
   for_each_item(parallel_for, first[count], scratch, [&](int64_t item, char* memory) {
     const int64_t i = std::upper_bound(first.begin(), first.end(), item) - first.begin() - 1;
-    body(parts[i], item - first[i], memory);
+    body(i, item - first[i], memory);
   });
 }
 
@@ -54,7 +54,10 @@ Status linear(const LinearPart* parts, int64_t count, DType dtype, const Paralle
   const LinearKernels& code = kernels(dtype);
   each_piece(
       parts, count, code.scratch(), parallel_for,
-      [](const LinearPart& part) { return part.rows == 0 ? 0 : pieces(part.out, kPanel); }, code.forward);
+      [](const LinearPart& part) { return part.rows == 0 ? 0 : pieces(part.out, kPanel); },
+      [&](int64_t i, int64_t panel, char* scratch) {
+        code.forward(parts[i], panel, i + 1 < count ? &parts[i + 1] : nullptr, scratch);
+      });
   return Status::kOk;
 }
 
@@ -63,7 +66,7 @@ Status linear_grad_x(const LinearGradXPart* parts, int64_t count, DType dtype, c
   each_piece(
       parts, count, code.scratch(), parallel_for,
       [](const LinearGradXPart& part) { return part.rows == 0 ? 0 : pieces(part.in, kPanel * kGradientPanels); },
-      code.grad_x);
+      [&](int64_t i, int64_t group, char* scratch) { code.grad_x(parts[i], group, scratch); });
   return Status::kOk;
 }
 
@@ -72,7 +75,8 @@ Status linear_grad_weight(const LinearGradWeightPart* parts, int64_t count, DTyp
   const LinearKernels& code = kernels(dtype);
   each_piece(
       parts, count, code.scratch(), parallel_for,
-      [](const LinearGradWeightPart& part) { return pieces(part.in, kPanel * kGradientPanels); }, code.grad_weight);
+      [](const LinearGradWeightPart& part) { return pieces(part.in, kPanel * kGradientPanels); },
+      [&](int64_t i, int64_t group, char* scratch) { code.grad_weight(parts[i], group, scratch); });
   return Status::kOk;
 }
 

@@ -13,7 +13,8 @@ constexpr int64_t kGradientPanels = 3;  // ... and which take this many panels o
 // One panel at a time, in scratch memory of the size asked for, aligned to 64 bytes.
 struct LinearKernels {
   int64_t (*scratch)();
-  void (*forward)(const LinearPart&, int64_t panel, char* scratch);
+  // `then` is the part whose panels come next, or nullptr: its first weights are fetched while the last panel runs.
+  void (*forward)(const LinearPart&, int64_t panel, const LinearPart* then, char* scratch);
   void (*grad_x)(const LinearGradXPart&, int64_t group, char* scratch);
   void (*grad_weight)(const LinearGradWeightPart&, int64_t group, char* scratch);
 };

@@ -60,18 +60,19 @@ struct NextRows {
   }
 };
 
-// What a product does beside adding up: start from 0 rather than from what the sums hold; fetch the chunk that lies
-// behind this one in memory; fetch other rows.
+// What a product does beside adding up: start from 0 rather than from what the sums hold; fetch the packed chunk that
+// will be read next; fetch rows.
+template <class Cell>
 struct ChunkOptions {
   bool start = false;
-  bool ahead = false;
+  const Cell* ahead = nullptr;
   NextRows next = {};
 };
 
 // sums[r][n] += sum over steps k of rows[r][k * step] * b[k][n], for kRows rows and kVectors vectors of columns.
 template <class Mode, int kRows, int kVectors, bool kStart, bool kAhead>
 inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, const typename Mode::Cell* b,
-                       int64_t steps, typename Mode::Acc* sums) {
+                       int64_t steps, typename Mode::Acc* sums, const typename Mode::Cell* ahead) {
   using Acc = typename Mode::Acc;
   using Cell = typename Mode::Cell;
   constexpr int lanes = kLanes<Acc>;
@@ -88,7 +89,7 @@ inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, con
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       column[j] = load(b + j * lanes);
-      if constexpr (kAhead) __builtin_prefetch(b + j * lanes + kChunk<Mode> * kPanel);
+      if constexpr (kAhead) __builtin_prefetch(ahead + k * kPanel + j * lanes);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
@@ -107,26 +108,26 @@ inline void chunk_tile(const typename Mode::Cell* const* rows, int64_t step, con
 
 template <class Mode, int kRows, bool kStart, bool kAhead>
 inline void chunk_rows(const typename Mode::Cell* const* rows, int64_t step, const typename Mode::Cell* b,
-                       int64_t steps, typename Mode::Acc* sums) {
+                       int64_t steps, typename Mode::Acc* sums, const typename Mode::Cell* ahead = nullptr) {
   constexpr int64_t strip = kTileVectors * kLanes<typename Mode::Acc>;
   for (int64_t n = 0; n < kPanel; n += strip)
-    chunk_tile<Mode, kRows, kTileVectors, kStart, kAhead>(rows, step, b + n, steps, sums + n);
+    chunk_tile<Mode, kRows, kTileVectors, kStart, kAhead>(rows, step, b + n, steps, sums + n, ahead + n);
 }
 
 template <class Mode, bool kStart, bool kAhead>
 inline void last_rows(const typename Mode::Cell* const* rows, int64_t count, int64_t step, const typename Mode::Cell* b,
-                      int64_t steps, typename Mode::Acc* sums) {
+                      int64_t steps, typename Mode::Acc* sums, const typename Mode::Cell* ahead = nullptr) {
   switch (count) {
     case 1:
-      return chunk_rows<Mode, 1, kStart, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 1, kStart, kAhead>(rows, step, b, steps, sums, ahead);
     case 2:
-      return chunk_rows<Mode, 2, kStart, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 2, kStart, kAhead>(rows, step, b, steps, sums, ahead);
     case 3:
-      return chunk_rows<Mode, 3, kStart, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 3, kStart, kAhead>(rows, step, b, steps, sums, ahead);
     case 4:
-      return chunk_rows<Mode, 4, kStart, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 4, kStart, kAhead>(rows, step, b, steps, sums, ahead);
     case 5:
-      return chunk_rows<Mode, 5, kStart, kAhead>(rows, step, b, steps, sums);
+      return chunk_rows<Mode, 5, kStart, kAhead>(rows, step, b, steps, sums, ahead);
     default:
       return;
   }
@@ -136,12 +137,13 @@ inline void last_rows(const typename Mode::Cell* const* rows, int64_t count, int
 template <class Mode, bool kStart>
 __attribute__((noinline)) void chunk_tiles(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
                                            const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
-                                           const ChunkOptions& options) {
-  if (options.ahead && count < kTileRows) return last_rows<Mode, kStart, true>(rows, count, step, b, steps, sums);
+                                           const ChunkOptions<typename Mode::Cell>& options) {
+  if (options.ahead && count < kTileRows)
+    return last_rows<Mode, kStart, true>(rows, count, step, b, steps, sums, options.ahead);
   const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   int64_t r = 0;
   if (options.ahead) {
-    chunk_rows<Mode, kTileRows, kStart, true>(rows, step, b, steps, sums);
+    chunk_rows<Mode, kTileRows, kStart, true>(rows, step, b, steps, sums, options.ahead);
     r = kTileRows;
   }
   for (; r + kTileRows <= count; r += kTileRows) {
@@ -155,7 +157,7 @@ __attribute__((noinline)) void chunk_tiles(const typename Mode::Cell* const* row
 template <class Mode>
 inline void chunk_product(const typename Mode::Cell* const* rows, int64_t count, int64_t step,
                           const typename Mode::Cell* b, int64_t steps, typename Mode::Acc* sums,
-                          const ChunkOptions& options) {
+                          const ChunkOptions<typename Mode::Cell>& options) {
   options.start ? chunk_tiles<Mode, true>(rows, count, step, b, steps, sums, options)
                 : chunk_tiles<Mode, false>(rows, count, step, b, steps, sums, options);
 }
@@ -212,16 +214,35 @@ struct WeightPanel {
   int64_t steps() const { return round_up(in, Mode::kPair) / Mode::kPair; }
   bool in_place() const { return matrix.format == WeightFormat::kPacked && kPackedAsCells<Mode>; }
 
-  // The rows that chunk() packs after `count` steps at k: the next chunk of this panel's rows, or, behind its last one,
-  // the first of the next panel's.
-  NextRows next_rows(int64_t k, int64_t count) const {
+  // The first weights of the panel.
+  const char* begin() const {
+    const char* data = static_cast<const char*>(matrix.data);
+    switch (matrix.format) {
+      case WeightFormat::kPlain:
+        return data + column * in * int64_t{sizeof(T)};
+      case WeightFormat::kInt8:
+        return data + packed_at(0, 2);
+      case WeightFormat::kPacked:
+        break;
+    }
+    return data + packed_at(0, kStoredPair<T>) * int64_t{sizeof(T)};
+  }
+
+  // What chunk() reads after `count` steps at k, if that is made of rows: the next chunk of this panel's, or, behind
+  // its last one, the first of the panel at `then`.
+  NextRows next_rows(int64_t k, int64_t count, const char* then) const {
     if (matrix.format != WeightFormat::kPlain) return {};
-    const bool last = (k + count) * Mode::kPair >= in;
-    const int64_t first = last ? column + kPanel : column, i = last ? 0 : (k + count) * Mode::kPair;
-    const int64_t rows = out - first < kPanel ? out - first : kPanel;
-    const int64_t elements = in - i < kChunk<Mode> * Mode::kPair ? in - i : kChunk<Mode> * Mode::kPair;
-    return {reinterpret_cast<const char*>(static_cast<const T*>(matrix.data) + first * in + i), in * int64_t{sizeof(T)},
-            rows < 0 ? 0 : rows, elements * int64_t{sizeof(T)}};
+    const int64_t i = (k + count) * Mode::kPair, most = kChunk<Mode> * Mode::kPair, row = in * int64_t{sizeof(T)};
+    if (i >= in) return {then, row, then ? kPanel : 0, (in < most ? in : most) * int64_t{sizeof(T)}};
+    const int64_t rows = out - column < kPanel ? out - column : kPanel;
+    return {begin() + i * int64_t{sizeof(T)}, row, rows, (in - i < most ? in - i : most) * int64_t{sizeof(T)}};
+  }
+
+  // The same for cells in place.
+  const Cell* next_cells(int64_t k, int64_t count, const char* then) const {
+    if (!in_place()) return nullptr;
+    if (k + count < steps()) return reinterpret_cast<const Cell*>(begin()) + (k + count) * kPanel;
+    return reinterpret_cast<const Cell*>(then ? then : begin());
   }
 
   // Where the first element of step k of this panel lies, in units of stored elements.
@@ -333,14 +354,13 @@ constexpr int64_t kFewSteps = kRowBlock* kChunk<Mode> / kFewRows - kLanes<typena
 constexpr int kStripGroups = kVectorBytes == 64 ? 2 : 1;  // of kLanes columns: two chains of sums per row hide latency
 
 template <class Mode, int kRows>
-inline void strip_sums(const typename Mode::T* weight, int64_t in, int64_t columns, const typename Mode::Cell* x,
-                       int64_t x_stride, typename Mode::Acc* sums) {
+inline void strip_sums(const typename Mode::T* weight, int64_t in, int64_t columns, const typename Mode::T* ahead,
+                       const typename Mode::Cell* x, int64_t x_stride, typename Mode::Acc* sums) {
   using Acc = typename Mode::Acc;
   using Cell = typename Mode::Cell;
   constexpr int n = kLanes<Cell>;
   constexpr int64_t wide = n * Mode::kPair;
   Vec<Acc> sum[kStripGroups][kRows] = {};
-  const typename Mode::T* ahead = weight + kStripGroups * n * in;
   for (int64_t i = 0; i < in; i += wide, x += n)
 #pragma GCC unroll 2
     for (int g = 0; g < kStripGroups; ++g, ahead += n * wide) {
@@ -373,30 +393,33 @@ inline void strip_sums(const typename Mode::T* weight, int64_t in, int64_t colum
 // end.
 template <class Mode>
 inline void few_sums(const LinearPart& part, const Matrix& matrix, int64_t column, int64_t first, int64_t count,
-                     const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
+                     const char* then, const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
   using T = typename Mode::T;
   constexpr int64_t lanes = kLanes<typename Mode::Cell>;
   const int64_t stride = round_up(part.in, lanes * Mode::kPair) / Mode::kPair;
   for (int64_t r = 0; r < count; ++r)
     pack_row<Mode>(scratch.a + r * stride, row_of<T>(part.x, first + r), part.in, stride);
-  for (int64_t n = 0; n < kPanel && column + n < part.out; n += kStripGroups * lanes) {
+  constexpr int64_t strip = kStripGroups * lanes;
+  for (int64_t n = 0; n < kPanel && column + n < part.out; n += strip) {
+    const bool last = n + strip >= kPanel || column + n + strip >= part.out;
     const T* weight = static_cast<const T*>(matrix.data) + (column + n) * part.in;
+    const T* ahead = last && then ? reinterpret_cast<const T*>(then) : weight + strip * part.in;
     const int64_t columns = part.out - column - n;
     switch (count) {
       case 1:
-        strip_sums<Mode, 1>(weight, part.in, columns, scratch.a, stride, sums + n);
+        strip_sums<Mode, 1>(weight, part.in, columns, ahead, scratch.a, stride, sums + n);
         break;
       case 2:
-        strip_sums<Mode, 2>(weight, part.in, columns, scratch.a, stride, sums + n);
+        strip_sums<Mode, 2>(weight, part.in, columns, ahead, scratch.a, stride, sums + n);
         break;
       case 3:
-        strip_sums<Mode, 3>(weight, part.in, columns, scratch.a, stride, sums + n);
+        strip_sums<Mode, 3>(weight, part.in, columns, ahead, scratch.a, stride, sums + n);
         break;
       case 4:
-        strip_sums<Mode, 4>(weight, part.in, columns, scratch.a, stride, sums + n);
+        strip_sums<Mode, 4>(weight, part.in, columns, ahead, scratch.a, stride, sums + n);
         break;
       default:
-        strip_sums<Mode, 5>(weight, part.in, columns, scratch.a, stride, sums + n);
+        strip_sums<Mode, 5>(weight, part.in, columns, ahead, scratch.a, stride, sums + n);
     }
   }
 }
@@ -451,31 +474,37 @@ inline void pack_matrix_rows(typename Mode::Cell* to, int64_t stride, const Cons
 
 // ---- the three products --------------------------------------------------------------------------------------------
 
+// then: the weights that are read next.
 template <class Mode>
-inline void panel_sums(const LinearPart& part, const Matrix& matrix, int64_t column, int64_t first, int64_t count,
-                       const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
-  const WeightPanel<Mode> panel{matrix, part.in, part.out, column};
+inline void panel_sums(const LinearPart& part, const WeightPanel<Mode>& panel, int64_t first, int64_t count,
+                       const char* then, const PanelScratch<Mode>& scratch, typename Mode::Acc* sums) {
   const int64_t steps = panel.steps();
-  if (matrix.format == WeightFormat::kPlain && count <= kFewRows && steps <= kFewSteps<Mode>)
-    return few_sums<Mode>(part, matrix, column, first, count, scratch, sums);
+  if (panel.matrix.format == WeightFormat::kPlain && count <= kFewRows && steps <= kFewSteps<Mode>)
+    return few_sums<Mode>(part, panel.matrix, panel.column, first, count, then, scratch, sums);
   if (steps == 0) clear(sums, count * kPanel);
   for (int64_t k = 0; k < steps; k += kChunk<Mode>) {
     const int64_t here = steps - k < kChunk<Mode> ? steps - k : kChunk<Mode>;
     row_cells<Mode>(part.x, part.in, first, count, k, here, scratch);
     const auto* b = panel.chunk(k, here, scratch.b);
-    chunk_product<Mode>(scratch.rows, count, 1, b, here, sums,
-                        {.start = k == 0, .ahead = panel.in_place(), .next = panel.next_rows(k, here)});
+    chunk_product<Mode>(
+        scratch.rows, count, 1, b, here, sums,
+        {.start = k == 0, .ahead = panel.next_cells(k, here, then), .next = panel.next_rows(k, here, then)});
   }
 }
 
 template <class Mode>
-void forward_panel(const LinearPart& part, int64_t panel, char* memory) {
+void forward_panel(const LinearPart& part, int64_t number, const LinearPart* then, char* memory) {
   const PanelScratch<Mode> scratch(memory);
-  const int64_t column = panel * kPanel;
+  const int64_t column = number * kPanel;
+  const WeightPanel<Mode> panel{part.matrix, part.in, part.out, column}, up{part.up, part.in, part.out, column};
+  const WeightPanel<Mode> next{part.matrix, part.in, part.out, column + kPanel};
+  const char* behind = column + kPanel < part.out ? next.begin()
+                       : then                     ? static_cast<const char*>(then->matrix.data)
+                                                  : nullptr;
   for (int64_t first = 0; first < part.rows; first += kRowBlock) {
     const int64_t count = part.rows - first < kRowBlock ? part.rows - first : kRowBlock;
-    panel_sums<Mode>(part, part.matrix, column, first, count, scratch, scratch.sums);
-    if (part.up.data) panel_sums<Mode>(part, part.up, column, first, count, scratch, scratch.up_sums);
+    panel_sums<Mode>(part, panel, first, count, part.up.data ? up.begin() : behind, scratch, scratch.sums);
+    if (part.up.data) panel_sums<Mode>(part, up, first, count, behind, scratch, scratch.up_sums);
     for (int64_t r = 0; r < count; ++r)
       finish_row<Mode>(part, first + r, column, scratch.sums + r * kPanel, scratch.up_sums + r * kPanel);
   }
