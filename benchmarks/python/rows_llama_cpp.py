@@ -156,7 +156,8 @@ def _against(
         "llama.cpp": lambda: theirs.prefill(prompt_ids),
         "dense path": Prefill(models.ours, ids, {"force": models.ours.config.expert_names[0]}).seconds,
     }
-    against = f"llama.cpp, {theirs.about['version']}"
+    bfloat16 = "with" if "AVX512_BF16 = 1" in theirs.about["system"] else "without"
+    against = f"llama.cpp, {theirs.about['version']}, {bfloat16} AVX512_BF16"
     table = Table(lab, lab.rounds(sides))
     note = f"forward forced to one expert: {table.rounds.ratio('llama.cpp', 'dense path')}"
     yield table.line("G5/prefill", "engine", "llama.cpp", against, compared, fast="engine fast", note=note)
