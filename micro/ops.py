@@ -645,3 +645,68 @@ def block_forward(
         (rows, bias, ablate, force, replay), weight_rule, run_router,
     )  # fmt: skip
     return y, raw if run_router or rows is None else None, Routing(*routing)
+
+
+def block_train(
+    x: Tensor,
+    parameters: BlockParameters,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    eps: float,
+    slots: int,
+    mask: Tensor | None = None,
+    real: Tensor | None = None,
+    k: int = 1,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    ablate: Tensor | None = None,
+    force: Tensor | None = None,
+    replay: Tensor | None = None,
+    weight_rule: str = "renormalized",
+    run_router: bool = True,
+    activations: str = "save",
+) -> tuple[Tensor, Tensor | None, Routing]:
+    """:func:`block_forward` of whole-block experts without a cache, with a gradient: one node for the layer.
+
+    It keeps ``x``, the decision, rotated queries, keys and values, what attention gave, the row behind attention, and
+    with ``activations="save"`` also gate and up in front of the gated unit. Norms, gathered rows and gated units are
+    computed again in the backward pass; experts' outputs are kept only where a gradient reads them (``k`` above 1,
+    OLMo-2). ``"recompute"`` runs the products of the feed-forward part once more.
+
+    Args:
+        x: as for :func:`block_forward`, like all arguments that it has; ``parameters.router_in`` is given.
+        parameters: see ``x``.
+        cos: see ``x``.
+        sin: see ``x``.
+        heads: see ``x``.
+        eps: see ``x``.
+        slots: see ``x``.
+        mask: see ``x``.
+        real: see ``x``.
+        k: see ``x``.
+        rows: see ``x``.
+        bias: see ``x``.
+        ablate: see ``x``.
+        force: see ``x``.
+        replay: see ``x``.
+        weight_rule: see ``x``.
+        run_router: see ``x``.
+        activations: ``save`` or ``recompute``.
+
+    Returns:
+        As :func:`block_forward`. Differentiable once, from all but ids, to ``x``, the parameters and ``bias``: bit for
+        bit the gradients of the separate operators. An expert without tokens gets a zero gradient.
+
+    Raises:
+        ValueError: a shape, device, id, ``k`` or the policy does not fit.
+        TypeError: a dtype does not.
+
+    Source: model.md 2.4 - 2.8, 2.10; no gathered copies: SonicMoE, Guo et al. (2025).
+    """
+    y, raw, *routing = torch.ops.micro.block_train(
+        x, parameters, cos, sin, heads, eps, slots, mask, real, k, (rows, bias, ablate, force, replay), weight_rule,
+        run_router, activations,
+    )  # fmt: skip
+    return y, raw if run_router or rows is None else None, Routing(*routing)

@@ -2,7 +2,6 @@
 // one list of products, because every list costs the threads one meeting.
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "block_forward/buffers.h"
@@ -11,6 +10,7 @@
 #include "micro_kernels/combine.h"
 #include "micro_kernels/plan.h"
 #include "micro_kernels/rope.h"
+#include "micro_kernels/swiglu.h"
 
 #define MICRO_RETURN_IF_FAILS(step) \
   if (const Status status = (step); status != Status::kOk) return status
@@ -243,7 +243,7 @@ class Layer {
     if (s_.post_norm) {
       MICRO_RETURN_IF_FAILS(
           norm(from, p_.weights.k_norm, m_.keys.expert, size_.key_experts, to, rows, size_.key_width));
-      std::swap(from, to);
+      from = m_.k_other, to = m_.k_rotated;
     }
     MICRO_RETURN_IF_FAILS(rotate(from, m_.keys.position, s_.groups, to, rows));
     StoreHeads store{.x = to,
@@ -331,17 +331,16 @@ class Layer {
 
   // Output matrix and residual: u, and without post_norm the norm of u.
   Status leave_attention(const Queries& queries) {
-    char* behind = s_.post_norm ? (s_.whole_block ? m_.out : m_.mixture) : m_.u;
     Parts parts;
     each_expert(queries.offsets, size_.key_experts, [&](int64_t e, int64_t first, int64_t rows) {
       LinearPart part =
           product({m_.attention + first * size_.query_width * element_, nullptr, size_.query_width}, p_.weights.o[e],
-                  {behind + first * s_.hidden * element_, nullptr, s_.hidden}, rows, size_.query_width, s_.hidden);
+                  {m_.behind + first * s_.hidden * element_, nullptr, s_.hidden}, rows, size_.query_width, s_.hidden);
       if (!s_.post_norm) part.residual = {p_.x, queries.tokens + first, s_.hidden};
       parts.push_back(part);
     });
     MICRO_RETURN_IF_FAILS(multiply(parts));
-    MICRO_RETURN_IF_FAILS(norm(behind, p_.weights.post_attention_norm, experts_of(queries), size_.key_experts,
+    MICRO_RETURN_IF_FAILS(norm(m_.behind, p_.weights.post_attention_norm, experts_of(queries), size_.key_experts,
                                m_.normed, queries.rows, s_.hidden));
     if (s_.post_norm) add({.a = p_.x, .a_index = queries.tokens, .b = m_.normed, .y = m_.u, .rows = queries.rows});
     return Status::kOk;
@@ -350,28 +349,40 @@ class Layer {
   // ---- feed-forward and what follows -------------------------------------------------------------------------------
 
   bool one_expert() const { return p_.route.k == 1; }
+  bool keeps_gate() const { return p_.saved && p_.saved->gate; }
+  bool keeps_out() const { return p_.saved && p_.saved->out; }
+  // The one expert's output goes to its token as soon as it is made.
+  bool at_once() const { return one_expert() && !(s_.whole_block && (s_.post_norm || keeps_out())); }
 
-  // The experts' feed-forward parts into `out`, or at once to where they belong.
+  // The experts' feed-forward parts into `ffn_out`, or at once to where they belong.
   Status feed_forward(const ConstRows& x) {
     Parts parts;
     each_expert(m_.offsets, s_.experts, [&](int64_t e, int64_t first, int64_t rows) {
       LinearPart part = product({x.data, x.index, x.stride}, p_.weights.gate[e],
                                 {m_.inner + first * s_.inner * element_, nullptr, s_.inner}, rows, s_.hidden, s_.inner);
-      part.up = p_.weights.up[e];
       if (x.index)
         part.x.index += first;
       else
         part.x.data = static_cast<const char*>(x.data) + first * s_.hidden * element_;
+      if (keeps_gate()) {
+        part.y.data = static_cast<char*>(p_.saved->gate) + first * s_.inner * element_;
+        parts.push_back(part);
+        part.matrix = p_.weights.up[e];
+        part.y.data = static_cast<char*>(p_.saved->up) + first * s_.inner * element_;
+      } else {
+        part.up = p_.weights.up[e];
+      }
       parts.push_back(part);
     });
     MICRO_RETURN_IF_FAILS(multiply(parts));
+    if (keeps_gate()) MICRO_RETURN_IF_FAILS(gate_kept());
     parts.clear();
-    const bool at_once = one_expert() && !(s_.whole_block && s_.post_norm);
     each_expert(m_.offsets, s_.experts, [&](int64_t e, int64_t first, int64_t rows) {
-      LinearPart part = product({m_.inner + first * s_.inner * element_, nullptr, s_.inner}, p_.weights.down[e],
-                                {m_.out + first * s_.hidden * element_, nullptr, s_.hidden}, rows, s_.inner, s_.hidden);
+      LinearPart part =
+          product({m_.inner + first * s_.inner * element_, nullptr, s_.inner}, p_.weights.down[e],
+                  {m_.ffn_out + first * s_.hidden * element_, nullptr, s_.hidden}, rows, s_.inner, s_.hidden);
       if (s_.whole_block && !s_.post_norm) part.residual = {m_.u + first * s_.hidden * element_, nullptr, s_.hidden};
-      if (at_once) {
+      if (at_once()) {
         part.scale = {p_.route.weights, m_.tokens + first, 1};
         part.y = {s_.whole_block ? p_.y : m_.mixture, m_.tokens + first, s_.hidden};
       }
@@ -380,11 +391,20 @@ class Layer {
     return multiply(parts);
   }
 
+  Status gate_kept() {
+    return swiglu({.gate = p_.saved->gate,
+                   .up = p_.saved->up,
+                   .y = m_.inner,
+                   .count = m_.offsets[s_.experts] * s_.inner,
+                   .dtype = s_.dtype},
+                  parallel_);
+  }
+
   // y = sum over a token's experts of weight * (u + feed-forward).
   Status add_up_block(const Queries& queries) {
     if (s_.post_norm) {
       MICRO_RETURN_IF_FAILS(
-          norm(m_.out, p_.weights.post_ffn_norm, m_.experts, s_.experts, m_.normed, queries.rows, s_.hidden));
+          norm(m_.ffn_out, p_.weights.post_ffn_norm, m_.experts, s_.experts, m_.normed, queries.rows, s_.hidden));
       AddRows sum{.a = m_.u, .b = m_.normed, .y = m_.out, .rows = queries.rows};
       if (one_expert()) {
         sum.scale = p_.route.weights;
@@ -393,7 +413,7 @@ class Layer {
       }
       add(sum);
     }
-    return one_expert() ? clear_idle(p_.y) : combine_experts(p_.y);
+    return one_expert() && (s_.post_norm || !keeps_out()) ? clear_idle(p_.y) : combine_experts(p_.y);
   }
 
   // y = u + sum over a token's experts of weight * feed-forward, behind a norm with post_norm.

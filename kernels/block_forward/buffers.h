@@ -79,6 +79,9 @@ struct Buffers {
   // Only until the attention, and only behind it.
   char *normed_x, *k, *k_other, *v, *q;
   char *normed, *inner, *out, *mixture;
+  char* k_rotated;  // behind a norm
+  char* behind;     // what the output matrix gives
+  char* ffn_out;    // what the last matrix gives
 
   // What goes into the feed-forward part, and with FFN experts into the router.
   const char* feed_forward_input(const BlockShape& s) const { return s.post_norm ? u : normed; }
@@ -89,43 +92,51 @@ struct Buffers {
     const int64_t wide = accumulator_bytes(s.dtype), narrow = element_bytes(s.dtype);
     const auto elements = [&](int64_t count) { return arena.take(count, narrow); };
     const auto integers = [&](int64_t count) { return arena.take<int32_t>(count); };
+    const BlockSaved kept = p.saved ? *p.saved : BlockSaved{};
+    const auto elements_or = [&](void* own, int64_t count) {
+      return own ? static_cast<char*>(own) : arena.take(count, narrow);
+    };
+    const auto integers_or = [&](int32_t* own, int64_t count) { return own ? own : arena.take<int32_t>(count); };
     const bool converts = s.router_hidden == 0 && s.dtype == DType::kBFloat16;
-    router_mid = elements(size.tokens * s.router_hidden);
+    router_mid = elements_or(kept.router_mid, size.tokens * s.router_hidden);
     logits = arena.take(size.tokens * s.experts, wide);
     wide_x = arena.take(converts ? size.tokens * s.hidden : 0, wide);
     wide_weights = arena.take(converts ? size.pairs : 0, wide);
-    tokens = integers(size.pairs);
-    experts = integers(size.pairs);
-    offsets = integers(s.experts + 1);
-    inverse = integers(size.pairs);
+    tokens = integers_or(kept.tokens, size.pairs);
+    experts = integers_or(kept.experts, size.pairs);
+    offsets = integers_or(kept.offsets, s.experts + 1);
+    inverse = integers_or(kept.inverse, size.pairs);
     everyone = integers(s.whole_block ? 0 : size.tokens);
     whole = integers(2);
     query_source = integers(size.queries);
     query_position = integers(size.queries);
-    rotated = elements(size.queries * size.query_width);
-    attention = elements(size.queries * size.query_width);
-    logsumexp = arena.take(size.queries * s.heads, wide);
+    rotated = elements_or(s.post_norm ? nullptr : kept.q, size.queries * size.query_width);
+    attention = elements_or(kept.attention, size.queries * size.query_width);
+    logsumexp = kept.logsumexp ? static_cast<char*>(kept.logsumexp) : arena.take(size.queries * s.heads, wide);
     keys = {integers(size.key_rows), integers(size.key_rows), integers(size.key_rows),
             integers(size.key_rows), integers(size.key_rows), integers(size.key_experts + 1)};
     first_late = integers(p.cache.x ? p.batch * s.experts : 0);
     const int64_t own = p.cache.k ? 0 : size.key_experts * size.tokens * size.key_width;
-    own_k = elements(own);
-    own_v = elements(own);
+    own_k = elements_or(s.post_norm ? nullptr : kept.k, own);
+    own_v = elements_or(kept.v, own);
     ones = elements(s.hidden);
     inverse_rms = arena.take(std::max(size.pairs, size.key_rows), wide);
-    u = elements(size.queries * s.hidden);
+    u = elements_or(s.post_norm ? nullptr : kept.behind, size.queries * s.hidden);
 
     const int64_t phase = arena.used();
     normed_x = elements(s.post_norm ? 0 : size.key_rows * s.hidden);
-    k = elements(size.key_rows * size.key_width);
+    k = elements_or(s.post_norm ? kept.k : nullptr, size.key_rows * size.key_width);
     k_other = elements(size.key_rows * size.key_width);
+    k_rotated = s.post_norm && kept.k ? elements(size.key_rows * size.key_width) : k;
     v = elements(size.key_rows * size.key_width);
-    q = elements(size.queries * size.query_width);
+    q = elements_or(s.post_norm ? kept.q : nullptr, size.queries * size.query_width);
     arena.rewind(phase);
     normed = elements(size.queries * s.hidden);
     inner = elements(size.pairs * s.inner);
-    out = elements(size.pairs * s.hidden);
+    out = elements_or(s.post_norm ? nullptr : kept.out, size.pairs * s.hidden);
     mixture = elements(s.whole_block ? 0 : size.tokens * s.hidden);
+    behind = !s.post_norm ? u : kept.behind ? static_cast<char*>(kept.behind) : s.whole_block ? out : mixture;
+    ffn_out = s.post_norm && kept.out ? static_cast<char*>(kept.out) : out;
   }
 };
 

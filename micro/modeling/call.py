@@ -19,7 +19,7 @@ class Call:
 
     mask: what :func:`micro.ops.expert_attention` takes (None, bool [B,J], or [B|1,S,J]); real: bool [T], None = every
     token is real; cos, sin: [T,D/2] float32 or float64; fused: a layer may be one operator call
-    (micro/modeling/fused.py).
+    (micro/modeling/fused.py), which keeps for its backward pass what ``activations`` says.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Call:
     sin: Tensor
     cache: Cache | None
     fused: bool = False
+    activations: str = "save"
 
     @cached_property
     def everyone(self) -> tuple[Tensor, Tensor]:

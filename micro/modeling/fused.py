@@ -1,5 +1,6 @@
-"""Without gradient, a layer is one operator call (:func:`micro.ops.block_forward`) wherever nobody can see the
-difference: plain parameters, no hook, no adapter, no tracing. The results are the same, bit for bit.
+"""A layer is one operator call wherever nobody can see the difference: plain parameters, no hook, no adapter, no
+tracing. Without gradient :func:`micro.ops.block_forward`; with one :func:`micro.ops.block_train`, for whole-block
+experts without a cache. Results and gradients are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
         and x.device.type == "cpu"
         and head % 8 == 0  # what the kernels take; the separate operators copy other sizes
         and head <= 256
-        and (not torch.is_grad_enabled() or (cache is None and not x.requires_grad))
+        and (not torch.is_grad_enabled() or cache is None)
         and (cache is None or type(cache) is MiCRoCache)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
+        and not torch_module._global_backward_hooks
+        and not torch_module._global_backward_pre_hooks
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -88,6 +91,7 @@ class PlainModules:
         self.modules = [modules.get(name) for modules, name in self.places]
         found = [module for module in self.modules if module is not None]
         self.hooks = [hooks for m in found for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.backward_hooks = [hooks for m in found for hooks in (m._backward_hooks, m._backward_pre_hooks)]
         self.namespaces = [module.__dict__ for module in found]
         self.parameters, self.gaps = [], layout.count(None)
         modules = iter(self.modules)
@@ -124,10 +128,14 @@ class FusedLayer:
         """Of hidden [B,S,H]: (hidden [B,S,H], raw router logits [T,E] or None, decision); None: not possible."""
         if controls.row_mask is not None or controls.replay_mask is not None:
             return None
-        if controls.jitter != 0.0 or controls.memo is not None:
+        if controls.jitter != 0.0:
             return None
         parameters = self._parameters(layer)
-        if parameters is None or _needs_gradient(hidden, bias, *parameters):
+        if parameters is None:
+            return None
+        if _needs_gradient(hidden, bias, *parameters):
+            return self._train(hidden, parameters, bias, call, controls)
+        if controls.memo is not None:
             return None
         store: MiCRoCacheLayer | None = None
         keys, values = None, None
@@ -162,6 +170,38 @@ class FusedLayer:
         )
         if store is not None:
             store.filled(call.length)
+        return y, raw, routing
+
+    def _train(
+        self, hidden: Tensor, parameters: BlockParameters, bias: Tensor | None, call: Call, controls: LayerControls
+    ) -> tuple[Tensor, Tensor | None, Routing] | None:
+        """As :meth:`run`, with a gradient."""
+        assert self._plain is not None
+        if not self.whole_block or call.cache is not None or any(self._plain.backward_hooks):
+            return None
+        memo = controls.memo
+        y, raw, routing = ops.block_train(
+            hidden,
+            parameters,
+            call.cos,
+            call.sin,
+            heads=self.heads[0],
+            eps=self.eps,
+            slots=call.slots,
+            mask=call.mask,
+            real=call.real,
+            k=call.experts_per_token,
+            rows=controls.rows,
+            bias=bias,
+            ablate=controls.ablate,
+            force=controls.force,
+            replay=controls.replay if memo is None or memo.ids is None else memo.ids,
+            weight_rule=call.weight_rule,
+            run_router=controls.run_router,
+            activations=call.activations,
+        )
+        if memo is not None and memo.ids is None:
+            memo.ids = routing.ids.detach()
         return y, raw, routing
 
     def _parameters(self, layer: nn.Module) -> BlockParameters | None:

@@ -146,6 +146,8 @@ class MiCRoModel(MiCRoPreTrainedModel):
         olmo = config.backbone == "olmo2"
         self.norm = RMSNorm(config.hidden_size, float(config.rms_norm_eps or 0), gain_in_float32=olmo)
         self.gradient_checkpointing = False
+        # What fused layers keep for the backward pass: "save", or "recompute" (micro.ops.block_train).
+        self.activation_policy = "save"
         # Where jitter draws its seeds from; None: torch's default CPU generator.
         self.jitter_generator: torch.Generator | None = None
         self.register_load_state_dict_pre_hook(keys.stack_official_keys)  # type: ignore[no-untyped-call]
@@ -262,7 +264,7 @@ class MiCRoModel(MiCRoPreTrainedModel):
             flat = positions.to(x.device).expand(rows, slots).reshape(-1)
         cos, sin = rotary_tables(self.config, flat, x.dtype)
         rule, fused = self.config.weight_rule, can_fuse(self.config, x, cache)
-        return Call(rows, slots, start, k, rule, attention, real, cos, sin, cache, fused)
+        return Call(rows, slots, start, k, rule, attention, real, cos, sin, cache, fused, self.activation_policy)
 
     def _run_layers(
         self, x: Tensor, call: Call, bound: BoundSteering, raw: bool, keep_hidden: bool

@@ -58,21 +58,40 @@ struct BlockCache {
   int64_t positions_stride;
 };
 
+// What a backward pass reads (block_train.h), in arrays of the caller; whole-block experts without a cache only.
+// N = T * K rows in plan order; rows behind the last routed pair are not written.
+struct BlockSaved {
+  int32_t* tokens;   // the plan
+  int32_t* experts;  //
+  int32_t* offsets;  //
+  int32_t* inverse;  //
+  void* q;           // [N, A D] rotated; post_norm: in front of its norm
+  void* k;           // [B, E, G, S, D] rotated; post_norm: [., G D] in front of its norm, T rows of each used expert
+  void* v;           // [B, E, G, S, D]
+  void* attention;   // [N, A D]
+  void* logsumexp;   // [N, A], accumulator type
+  void* behind;      // [N, H], behind attention and residual; post_norm: what the output matrix gives
+  void* router_mid;  // [T, router_hidden]; from here on nullptr: not kept
+  void* gate;        // [N, F], together with up
+  void* up;          // [N, F]
+  void* out;         // [N, H], the experts' outputs; post_norm: what the last matrix gives, in front of its norm
+};
+
 struct BlockForwardParams {
   BlockShape shape;
   BlockWeights weights;
   BlockCache cache;
-  const void* x;            // [B * S, H]
-  void* y;                  // [B * S, H], may be x; rows of tokens that are not real are 0 (whole block)
-  int64_t batch, slots;     // B, S
-  int64_t start;            // slot of a row's first token ...
-  const int32_t* starts;    // ... or one per row, [B]; nullptr: start
-  int64_t keys;             // J: key slots that exist after this call
-  const bool* real;         // [B * S]; nullptr: all
-  const void* mask;         // as ExpertAttentionShape
+  const void* x;          // [B * S, H]
+  void* y;                // [B * S, H], may be x; rows of tokens that are not real are 0 (whole block)
+  int64_t batch, slots;   // B, S
+  int64_t start;          // slot of a row's first token ...
+  const int32_t* starts;  // ... or one per row, [B]; nullptr: start
+  int64_t keys;           // J: key slots that exist after this call
+  const bool* real;       // [B * S]; nullptr: all
+  const void* mask;       // as ExpertAttentionShape
   AttentionMask mask_kind;
   int64_t masks;
-  const void* cos;          // [positions, D / 2], accumulator type
+  const void* cos;  // [positions, D / 2], accumulator type
   const void* sin;
   int64_t positions;        // rows of cos and sin
   const int32_t* position;  // [B * S], row of cos and sin; nullptr: the token's own number
@@ -82,6 +101,7 @@ struct BlockForwardParams {
   void* raw;                // [T, E] router logits, element type (folded: accumulator type); nullptr: kept to itself,
                             // and where route.rows are given the router does not run
   int64_t* regions;         // counts parallel regions that had more than one piece of work; or nullptr
+  const BlockSaved* saved = nullptr;  // a backward pass will follow
 };
 
 namespace cpu {

@@ -224,8 +224,9 @@ def test_same_bits_without_a_cache_and_with_fast_numerics(
     assert fused == [True] * 12
 
 
-def test_gradients_are_recorded(fused: list[bool]) -> None:
-    model, ids = small_model(), random_ids(1, 4)
+@pytest.mark.parametrize("kind", ["block", "ffn"])
+def test_gradients_are_recorded(kind: str, fused: list[bool]) -> None:
+    model, ids = small_model(kind=kind), random_ids(1, 4)
     model(ids, use_cache=False).logits.sum().backward()
     assert model.model.layers[0].router.out_proj.weight.grad is not None
     model.requires_grad_(False)
@@ -234,7 +235,7 @@ def test_gradients_are_recorded(fused: list[bool]) -> None:
     assert fused == [True, True], "with the grad mode on, but nothing to differentiate"
     model.model.layers[1].blocks.up_proj.requires_grad_(True)
     model(ids, use_cache=False).logits.sum().backward()
-    assert fused == [True, True, True, False]
+    assert fused == [True, True, True, kind == "block"]
     assert model.model.layers[1].blocks.up_proj.weight.grad is not None
 
 
