@@ -113,9 +113,19 @@ py::tuple result_of(const micro::CallResult& result) {
 
 // ---- calls: the interpreter is free while the engine computes ------------------------------------------------------
 
+// Only the main thread hears signals.
+std::function<void()> signal_check() {
+  const py::module_ threading = py::module_::import("threading");
+  if (!threading.attr("current_thread")().is(threading.attr("main_thread")())) return {};
+  return [] {
+    const py::gil_scoped_acquire held;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
 micro::CallOptions call_options(const Tensors& controls, int64_t experts_per_token, int64_t chunk, bool all_logits,
                                 bool trace) {
-  return {controls_of(controls), experts_per_token, chunk, all_logits, trace};
+  return {controls_of(controls), experts_per_token, chunk, all_logits, trace, signal_check()};
 }
 
 py::tuple prefill(Engine& engine, const Rows& rows, const Tensors& controls, int64_t experts_per_token, int64_t chunk,
@@ -139,16 +149,6 @@ py::tuple decode(Engine& engine, const py::object& tokens, const Tensors& contro
     result = engine.decode(ids, options);
   }
   return result_of(result);
-}
-
-// Only the main thread hears signals.
-std::function<void()> signal_check() {
-  const py::module_ threading = py::module_::import("threading");
-  if (!threading.attr("current_thread")().is(threading.attr("main_thread")())) return {};
-  return [] {
-    const py::gil_scoped_acquire held;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  };
 }
 
 using Draw = std::tuple<double, int64_t, double, double, uint64_t>;

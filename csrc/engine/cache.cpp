@@ -79,7 +79,7 @@ void Cache::truncate(int64_t row, int32_t length) {
   for (int64_t l = 0; l < shape_.layers; ++l) {
     discard_heads(l, row, length, own);
     if (!shape_.lazy) continue;
-    discard_inputs(l, row, length, own);
+    discard_inputs(l, row, length, static_cast<int32_t>(slots_));
     int32_t* slots_made = filled(l, row);
     for (int64_t e = 0; e < shape_.experts; ++e) slots_made[e] = std::min(slots_made[e], length);
     inputs_from(l, row) = std::min(inputs_from(l, row), length);
@@ -183,7 +183,8 @@ void Cache::discard_heads(int64_t layer, int64_t row, int32_t begin, int32_t end
     for (int64_t e = 0; e < shape_.experts; ++e)
       for (int64_t g = 0; g < shape_.groups; ++g) {
         const int64_t base = head(*store, layer, row, e, g, 0) - mapping.data();
-        mapping.discard(base + begin * head_bytes(), base + end * head_bytes());
+        const int64_t behind = round_up(base + end * head_bytes(), page_bytes());  // nothing else lies on that page ...
+        mapping.discard(base + begin * head_bytes(), std::min(behind, base + group_stride()));  // ... up to here
       }
   }
 }

@@ -220,13 +220,19 @@ CallResult Engine::prefill(const std::vector<std::vector<int64_t>>& tokens, cons
   Undo undo(s.cache);
   if (s.cache.rows() == 0) s.cache.start(rows, s.max_length);
   CallResult result;
+  std::function<bool()> step;
+  if (options.on_step)
+    step = [&] {
+      options.on_step();
+      return false;
+    };
   s.read({.tokens = tokens,
           .controls = controls,
           .k = k,
           .chunk = options.chunk,
           .all_logits = options.all_logits,
           .trace = trace.get(),
-          .step = {}},
+          .step = step},
          result.logits);
   undo.done();
   if (trace) result.trace = trace->assemble(std::vector<int64_t>(tokens.size(), 0));

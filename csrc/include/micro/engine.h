@@ -71,6 +71,7 @@ struct CallOptions {
   int64_t chunk = 0;              // tokens per row that are worked off at a time; 0: as many as are fast
   bool all_logits = false;        // of all tokens, not of each row's last
   bool trace = false;
+  std::function<void()> on_step = {};  // between chunks; an exception ends the call and leaves the rows as they were
 };
 
 struct CallResult {

@@ -213,6 +213,29 @@ def test_one_forced_expert_costs_one_set_of_keys_and_the_inputs() -> None:
     assert eager.cache_bytes["inputs"] == 0
 
 
+def test_inputs_go_when_every_expert_has_made_its_keys() -> None:
+    model = near_copies(dtype=torch.bfloat16, max_position_embeddings=4096)
+    engine, eager = model.engine(), model.engine(keys_values="eager")
+    ids = random_ids(2, 1000)
+    engine.prefill(ids, force="logic")
+    alone = engine.cache_bytes["resident"]
+    assert alone <= eager_resident(eager, ids) / 2  # the inputs are as wide as one set of keys and values
+    engine.prefill(ids[:, :1], experts_per_token=4)
+    eager.decode(ids[:, 0])
+    held, want = engine.cache_bytes, eager.cache_bytes
+    assert held["inputs"] == 0
+    assert held["keys_values"] == want["keys_values"]
+    pages = 2 * 2 * 4096  # at most one that is not yet full, per row and layer
+    assert held["resident"] <= want["resident"] + pages
+    engine.truncate(10)
+    assert engine.cache_bytes["resident"] < held["resident"] / 4
+
+
+def eager_resident(engine: Engine, ids: Tensor) -> int:
+    engine.prefill(ids)
+    return engine.cache_bytes["resident"]
+
+
 def test_no_slot_costs_more_than_all_experts() -> None:
     """Three experts made and the input kept would be more than four sets where the input is wide."""
     model = near_copies(
@@ -455,10 +478,15 @@ def test_ctrl_c_ends_a_generation() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
             engine.generate([[5]], max_new_tokens=90_000, stop_ids=[])
+        assert engine.rows == 0
+        engine.prefill([[5]])
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefill([[5] * 90_000], chunk=1)
+        assert engine.lengths == [1]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert engine.rows == 0
 
 
 def in_threads(jobs: list[Callable[[], Any]]) -> list[Any]:
