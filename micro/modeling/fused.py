@@ -80,11 +80,16 @@ class PlainModules:
     """
 
     def __init__(self, layer: nn.Module, layout: Layout) -> None:
+        from micro.modeling.block import MiCRoBlocks
+        from micro.modeling.ffn_block import MiCRoAttention
+
         self.root = layer._modules
         places: list[Place] = [place for place in layout if place is not None]
         places.append((None, "router", MiCRoRouter))
-        if (attention := self.root.get("self_attn")) is not None:
-            places.append((None, "self_attn", type(attention)))
+        # The modules that hold the others may be replaced as a whole.
+        places.append((None, "blocks", MiCRoBlocks))
+        if "self_attn" in self.root:
+            places.append((None, "self_attn", MiCRoAttention))
         holders = [layer if name is None else layer.get_submodule(name) for name, _, _ in places]
         self.places = [(holder._modules, name) for holder, (_, name, _) in zip(holders, places, strict=True)]
         self.kinds = [kind for _, _, kind in places]

@@ -274,7 +274,10 @@ class MiCRoModel(MiCRoPreTrainedModel):
         records, hidden = [], []
         # Without steering all layers may share one object.
         free = LayerControls() if bound.steering.free and not checkpointed and not noise else None
+        refold = call.start == 0 and self.config.numerics == "fast"  # decoded tokens share what their prompt folded
         for index, layer in enumerate(self.layers):
+            if refold:
+                layer.router.forget_fold()  # type: ignore[union-attr, operator]
             if keep_hidden:
                 hidden.append(x)
             controls = free or bound.layer(index)

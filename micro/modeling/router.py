@@ -43,16 +43,24 @@ class MiCRoRouter(nn.Module):
         """Whether this call uses one map. An adapter or hook on one of the two must run, so only plain ones fold."""
         if not self.fold or torch.is_grad_enabled():
             return False
-        return all(type(m) is RouterMap and not m._forward_hooks for m in (self.in_proj, self.out_proj))
+        return all(
+            type(m) is RouterMap and not m._forward_hooks and not m._forward_pre_hooks and "forward" not in m.__dict__
+            for m in (self.in_proj, self.out_proj)
+        )
 
     def folded_weight(self) -> Tensor:
         """Both maps in one, [E,H], float32 (float64 for float64); made anew when one of them changed."""
         weights = (self.in_proj.weight, self.out_proj.weight)
         key = tuple((w.data_ptr(), w._version if not w.is_inference() else None, w.dtype, w.device) for w in weights)
-        if self._folded is None or self._folded[0] != key:
+        folded = self._folded  # another thread may set it to something else at any moment
+        if folded is None or folded[0] != key:
             wide = torch.promote_types(weights[0].dtype, torch.float32)
-            self._folded = (key, weights[1].detach().to(wide) @ weights[0].detach().to(wide))
-        return self._folded[1]
+            folded = self._folded = (key, weights[1].detach().to(wide) @ weights[0].detach().to(wide))
+        return folded[1]
+
+    def forget_fold(self) -> None:
+        """Fold anew in the next call: writes to ``weight.data`` leave no trace in the key of what is kept."""
+        self._folded = None
 
 
 @torch.no_grad()

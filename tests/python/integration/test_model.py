@@ -338,18 +338,24 @@ def test_fast_numerics_fold_the_router_without_gradient_only() -> None:
         assert torch.equal(a.routing.ids, b.routing.ids)
         assert_close(b.logits, a.logits, MODEL_FLOAT64)
         router = fast.model.layers[0].router
+        assert router._folded[1].shape == (4, 32)
+        prompt = fast(ids)
         folded = router._folded[1]
-        assert folded.shape == (4, 32)
-        fast(ids)
-        assert router._folded[1] is folded, "folded once"
+        fast(ids[:, :1], past_key_values=prompt.past_key_values)
+        assert router._folded[1] is folded, "folded once for a prompt and what is decoded behind it"
         router.out_proj.weight.mul_(2)  # as an optimiser step does
         exact.model.layers[0].router.out_proj.weight.mul_(2)
         assert_close(fast(ids).logits, exact(ids).logits, MODEL_FLOAT64)
-    seen = []
-    router.in_proj.register_forward_hook(lambda *_: seen.append(1))
-    with torch.no_grad():
-        fast(ids)
-    assert seen, "a hook on a map runs"
+        for model in (fast, exact):
+            model.model.layers[0].router.in_proj.weight.data.neg_()  # which no version counter counts
+        assert_close(fast(ids).logits, exact(ids).logits, MODEL_FLOAT64)
+    for register in (router.in_proj.register_forward_hook, router.in_proj.register_forward_pre_hook):
+        seen: list[int] = []
+        handle = register(lambda *_, seen=seen: seen.append(1))
+        with torch.no_grad():
+            fast(ids)
+        handle.remove()
+        assert seen, "a hook on a map runs"
     fast.train()(ids, labels=ids, experts_per_token=2).loss.backward()
     exact.train()(ids, labels=ids, experts_per_token=2).loss.backward()
     assert_close(router.in_proj.weight.grad, exact.model.layers[0].router.in_proj.weight.grad, MODEL_FLOAT64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from near import assert_near
 from op_cases import OPCHECKS
-from small_models import ALL_FOUR, random_ids, small_model
+from small_models import ALL_FOUR, KINDS, random_ids, small_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
@@ -18,6 +18,7 @@ from micro import ops
 from micro.experts import BlockParameters
 from micro.modeling import MiCRoCache, MiCRoForCausalLM
 from micro.modeling import model as model_module
+from micro.modeling.ffn_block import MiCRoAttention
 from micro.modeling.fused import FusedLayer
 from micro.testing import reference
 
@@ -341,3 +342,36 @@ def test_copies_are_models_of_their_own() -> None:
         twin.model.layers[0].blocks.up_proj.weight.zero_()
         assert not torch.equal(twin(ids).logits, want)
         assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replaced_modules_and_writes_past_autograd_are_seen(kind: str, fused: list[bool]) -> None:
+    ids = random_ids(1, 4)
+    other = small_model(kind=kind, seed=5).model.layers[0]
+    for name in ("blocks", "router", "blocks.up_proj") + (("self_attn", "self_attn.k_proj") if kind == "ffn" else ()):
+        model = small_model(kind=kind)
+        layer = model.model.layers[0]
+        with torch.no_grad():
+            before = model(ids).logits
+            layer.set_submodule(name, other.get_submodule(name))
+            fused.clear()
+            got = model(ids).logits
+            assert fused == [True, True], name
+            assert not torch.equal(got, before)
+            assert torch.equal(got, copy.deepcopy(model)(ids).logits), name
+            for parameter in layer.parameters():
+                parameter.data.mul_(1.25)
+            assert torch.equal(model(ids).logits, copy.deepcopy(model)(ids).logits), name
+
+
+def test_a_module_of_a_class_of_its_own_is_called(fused: list[bool]) -> None:
+    class Mute(MiCRoAttention):
+        def forward(self, x: Tensor, call: Any) -> Tensor:
+            return 0 * super().forward(x, call)
+
+    model, ids = small_model(kind="ffn"), random_ids(1, 4)
+    with torch.no_grad():
+        want = model(ids).logits
+        model.model.layers[1].self_attn.__class__ = Mute
+        assert not torch.equal(model(ids).logits, want)
+    assert fused == [True, True, True, False]
