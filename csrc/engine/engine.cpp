@@ -1,5 +1,6 @@
 #include "micro/engine.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -84,8 +85,11 @@ const char* name(Finish value) {
   return "cancelled";
 }
 
-engine::Turn::Turn(std::atomic<bool>& busy) : busy_(busy) {
-  TORCH_CHECK(!busy.exchange(true), "Engine: another thread is using this engine; make one engine per thread");
+engine::Turn::Turn(State& state) : state_(state) {
+  TORCH_CHECK(!state.busy.exchange(true), "Engine: another thread is using this engine; make one engine per thread");
+  if (getpid() == state.process) return;
+  state.process = getpid();
+  at::set_num_threads(1);
 }
 
 // ---- state ---------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ std::map<std::string, QuantizationError> Engine::quantization_errors() const { r
 
 CallResult Engine::prefill(const std::vector<std::vector<int64_t>>& tokens, const CallOptions& options) {
   engine::State& s = *state_;
-  const Turn turn(s.busy);
+  const Turn turn(s);
   s.check_ids(tokens);
   const auto rows = static_cast<int64_t>(tokens.size());
   TORCH_CHECK_VALUE(s.cache.rows() == 0 || s.cache.rows() == rows, "Engine: ", s.cache.rows(),
@@ -267,7 +271,7 @@ void Engine::truncate(int64_t length) {
 }
 
 void Engine::truncate(int64_t row, int64_t length) {
-  const Turn turn(state_->busy);
+  const Turn turn(*state_);
   TORCH_CHECK_INDEX(row >= 0 && row < rows(), "Engine: row ", row, " does not exist; there are ", rows());
   TORCH_CHECK_VALUE(length >= 0 && length <= state_->cache.length(row), "Engine: row ", row, " holds ",
                     state_->cache.length(row), " tokens and cannot be cut to ", length);
@@ -275,7 +279,7 @@ void Engine::truncate(int64_t row, int64_t length) {
 }
 
 void Engine::select(const std::vector<int64_t>& rows) {
-  const Turn turn(state_->busy);
+  const Turn turn(*state_);
   TORCH_CHECK_VALUE(!rows.empty(), "Engine: select() of no rows; reset() forgets all of them");
   for (const int64_t row : rows)
     TORCH_CHECK_INDEX(row >= 0 && row < this->rows(), "Engine: row ", row, " does not exist; there are ", this->rows());
@@ -283,7 +287,7 @@ void Engine::select(const std::vector<int64_t>& rows) {
 }
 
 void Engine::reset() {
-  const Turn turn(state_->busy);
+  const Turn turn(*state_);
   state_->cache.reset();
 }
 

@@ -105,7 +105,7 @@ struct EmptyAtEnd {
 
 Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, const GenerateOptions& options) {
   engine::State& s = *state_;
-  const engine::Turn turn(s.busy);
+  const engine::Turn turn(s);
   check_options(s, prompts, options);
   const auto rows = static_cast<int64_t>(prompts.size());
   const int64_t k = s.experts_per_token(options.experts_per_token);

@@ -1,6 +1,8 @@
 #pragma once
 // What an Engine holds. Nothing of it is shared between engines.
 
+#include <unistd.h>
+
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -42,18 +44,19 @@ struct State {
   Forward forward;
   Cache cache;
   std::atomic<bool> busy{false}, cancelled{false};
+  pid_t process = getpid();
 };
 
-// One caller at a time.
+// One caller at a time. A forked child computes with one thread: OpenMP's others stayed with the parent.
 class Turn {
  public:
-  explicit Turn(std::atomic<bool>& busy);
-  ~Turn() { busy_.store(false); }
+  explicit Turn(State& state);
+  ~Turn() { state_.busy.store(false); }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
 
  private:
-  std::atomic<bool>& busy_;
+  State& state_;
 };
 
 }  // namespace micro::engine

@@ -127,7 +127,8 @@ struct CacheBytes {
 // An engine holds the rows that it has read: prefill and decode append to them, generate starts anew. Rows may have
 // different lengths; each is computed as if it were alone, so that batches, chunks and numbers of threads never change
 // a bit. Threads are LibTorch's (at::set_num_threads). One engine serves one caller at a time (a second one is an
-// error), several engines several threads; cancel() may come from any thread.
+// error), several engines several threads; cancel() may come from any thread. A forked child may go on with its copy of
+// an engine, in one thread.
 class Engine {
  public:
   // From a folder by memory map (micro/checkpoint.h). Throws ValueError.

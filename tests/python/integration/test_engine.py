@@ -514,7 +514,7 @@ def test_two_engines_in_two_threads() -> None:
 def test_an_engine_works_after_fork() -> None:
     import multiprocessing
 
-    engine = near_copies().engine()
+    engine = near_copies(vocab_size=50_000).engine()  # enough for torch to want threads, too
     want = engine.generate(PROMPTS, max_new_tokens=5).tokens
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
