@@ -189,21 +189,39 @@ inline void unpack_pairs(float* to, const uint16_t* pairs, int64_t steps) {
     }
 }
 
+// The lower and the upper integer of 32-bit lanes that hold two bytes.
+inline Vec<float> low_integer(Vec<uint32_t> v) {
+  return __builtin_convertvector((Vec<int32_t>)(v << 24) >> 24, Vec<float>);
+}
+inline Vec<float> high_integer(Vec<uint32_t> v) {
+  return __builtin_convertvector((Vec<int32_t>)(v << 16) >> 24, Vec<float>);
+}
+
 // Integers to cells. They are exact in every cell type.
 template <class Mode>
 inline void unpack_int8(typename Mode::Cell* to, const int8_t* pairs, int64_t steps) {
   using Cell = typename Mode::Cell;
-  for (int64_t k = 0; k < steps * Mode::kPair; k += 2, pairs += 2 * kPanel)
-    for (int64_t n = 0; n < kPanel; ++n) {
+  for (int64_t k = 0; k < steps * Mode::kPair; k += 2, pairs += 2 * kPanel) {
+    Cell* low = to + k / Mode::kPair * kPanel;
+    if constexpr (sizeof(Cell) == 8) {
+      for (int64_t n = 0; n < kPanel; ++n) {
+        low[n] = pairs[2 * n];
+        low[kPanel + n] = pairs[2 * n + 1];
+      }
+      continue;
+    }
+    for (int64_t n = 0; n < kPanel; n += kLanes<float>) {
+      HalfVec both;
+      __builtin_memcpy(&both, pairs + 2 * n, sizeof(both));
+      const Vec<uint32_t> v = widen(both);
       if constexpr (Mode::kPair == 2) {
-        const uint32_t low = __builtin_bit_cast(uint32_t, static_cast<float>(pairs[2 * n])) >> 16;
-        const uint32_t high = __builtin_bit_cast(uint32_t, static_cast<float>(pairs[2 * n + 1])) & 0xffff0000u;
-        to[k / 2 * kPanel + n] = high | low;
-      } else {
-        to[k * kPanel + n] = static_cast<Cell>(pairs[2 * n]);
-        to[(k + 1) * kPanel + n] = static_cast<Cell>(pairs[2 * n + 1]);
+        store(low + n, (Vec<uint32_t>)low_integer(v) >> 16 | ((Vec<uint32_t>)high_integer(v) & 0xffff0000u));
+      } else if constexpr (sizeof(Cell) == 4) {
+        store(low + n, low_integer(v));
+        store(low + kPanel + n, high_integer(v));
       }
     }
+  }
 }
 
 // Columns [column, column + 64) of a matrix as chunks of cells [steps, kPanel].
