@@ -2,12 +2,10 @@
 
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string_view>
 
 #include "ops/block_arguments.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -16,41 +14,6 @@ using at::Tensor;
 using Results = BlockResults;
 
 constexpr char kName[] = "micro::block_forward";
-
-// Memory for one call. A decoded token comes back for as much a hundred times a second, so some is kept per thread.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes) {
-    if (bytes > kKept) {
-      own_ = allocate(bytes);
-      return;
-    }
-    if (bytes > kept_size) {
-      kept = allocate(bytes);
-      kept_size = bytes;
-    }
-  }
-  char* data() const { return own_ ? own_.get() : kept.get(); }
-
- private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<char, Free>;
-  static constexpr int64_t kKept = 16 << 20;
-
-  static Memory allocate(int64_t bytes) {
-    Memory memory(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64))));
-    if (!memory) throw std::bad_alloc();
-    return memory;
-  }
-
-  Memory own_;
-  static thread_local Memory kept;
-  static thread_local int64_t kept_size;
-};
-thread_local Workspace::Memory Workspace::kept;
-thread_local int64_t Workspace::kept_size = 0;
 
 // ---- the op --------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@
 
 #include "micro_kernels/block_train.h"
 #include "ops/block_arguments.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -109,10 +110,8 @@ Recorded forward(const Tensor& x, const OptionalTensors& parameters, const Tenso
                                  saves(activations));
   const micro_kernels::BlockSaved places = pointers(saved);
   params.saved = &places;
-  const Tensor workspace =
-      at::empty({micro_kernels::cpu::block_forward_workspace(params)}, x.options().dtype(at::kByte));
-  check_block(kName, micro_kernels::cpu::block_forward(params, static_cast<char*>(workspace.data_ptr()), parallel_for),
-              in.n.experts);
+  const Workspace workspace(micro_kernels::cpu::block_forward_workspace(params));
+  check_block(kName, micro_kernels::cpu::block_forward(params, workspace.data(), parallel_for), in.n.experts);
   return {y, raw, ids, weights, probs, effective, saved};
 }
 
@@ -148,7 +147,10 @@ Recorded forward_cuda(const Tensor& x, const OptionalTensors&, const Tensor&, co
 Tensors allocate_gradients(const Tensor& x, const OptionalTensors& parameters, const Tensor& probs,
                            const Wanted& wanted) {
   Tensors gradients;
-  const auto like = [&](const Tensor& t) { gradients.push_back(at::empty_like(t, at::MemoryFormat::Contiguous)); };
+  const auto like = [&](const Tensor& t) {
+    const Tensor& gradient = gradients.emplace_back(at::empty_like(t, at::MemoryFormat::Contiguous));
+    if (gradient.is_cpu()) prefer_large_pages(gradient.mutable_data_ptr(), gradient.nbytes());
+  };
   if (wanted[kWantsX]) like(x);
   for (size_t i = 0; i < kBlockParameters; ++i)
     if (wanted[kWantsParameter + i]) like(*OptionalTensor(parameters.get(i)));
@@ -227,10 +229,8 @@ Tensors backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_raw_,
       .grad_raw = pointer(grad_raw),
       .grad = places(gradients, wanted),
   };
-  const Tensor workspace =
-      at::empty({micro_kernels::cpu::block_train_backward_workspace(params)}, x.options().dtype(at::kByte));
-  check(kName,
-        micro_kernels::cpu::block_train_backward(params, static_cast<char*>(workspace.data_ptr()), parallel_for));
+  const Workspace workspace(micro_kernels::cpu::block_train_backward_workspace(params));
+  check(kName, micro_kernels::cpu::block_train_backward(params, workspace.data(), parallel_for));
   return gradients;
 }
 

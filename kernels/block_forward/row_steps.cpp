@@ -1,42 +1,56 @@
+#include "block_forward/row_steps.h"
+
 #include <algorithm>
 #include <cstring>
 
+#include "block_forward/add_rows_loop.h"
 #include "block_forward/buffers.h"
-#include "block_forward/row_steps.h"
+#include "micro_kernels/isa.h"
 
 namespace micro_kernels::cpu {
+
+const AddRowLoops kAddRowPlain = kLoops;
+
 namespace {
 
 constexpr int64_t kGrainElements = 16 * 1024;  // below this, handing work to another thread costs more than it saves
 
 int64_t grain(int64_t width) { return kGrainElements / std::max<int64_t>(1, width) + 1; }
 
-template <class T>
-void add_row(const AddRows& p, int64_t row) {
+const AddRowLoops& loops_for_this_cpu() {
+#if defined(__x86_64__)
+  if (isa() >= Isa::kAvx512) return kAddRowAvx512;
+  if (isa() >= Isa::kAvx2) return kAddRowAvx2;
+#endif
+  return kAddRowPlain;
+}
+
+// T: the element, Stored: as the loops see it, plain bits for bfloat16.
+template <class T, class Stored>
+void add_rows_with(const AddRows& p, const ParallelFor& parallel_for, AddRow<Stored, accumulator_t<T>> add) {
   using Acc = accumulator_t<T>;
-  const int64_t to = p.y_index ? p.y_index[row] : row;
-  const T* a = static_cast<const T*>(p.a) + (p.a_index ? p.a_index[row] : row) * p.width;
-  const T* b = static_cast<const T*>(p.b) + row * p.width;
-  T* y = static_cast<T*>(p.y) + to * p.width;
-  if (!p.scale) {
-    for (int64_t h = 0; h < p.width; ++h) y[h] = T(static_cast<Acc>(a[h]) + static_cast<Acc>(b[h]));
-    return;
-  }
-  const Acc scale = static_cast<Acc>(static_cast<const T*>(p.scale)[to]);
-  for (int64_t h = 0; h < p.width; ++h) {
-    const T sum = T(static_cast<Acc>(a[h]) + static_cast<Acc>(b[h]));
-    y[h] = T(static_cast<Acc>(sum) * scale + Acc(0));  // + 0 as the sum over a token's experts begins
-  }
+  parallel_for(p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t from = p.a_index ? p.a_index[row] : row, to = p.y_index ? p.y_index[row] : row;
+      const Acc scale = p.scale ? static_cast<Acc>(static_cast<const T*>(p.scale)[to]) : Acc(1);
+      add(static_cast<const Stored*>(p.a) + from * p.width, static_cast<const Stored*>(p.b) + row * p.width,
+          p.scale ? &scale : nullptr, static_cast<Stored*>(p.y) + to * p.width, p.width);
+    }
+  });
 }
 
 }  // namespace
 
 void add_rows(const AddRows& p, const ParallelFor& parallel_for) {
-  dispatch(p.dtype, [&]<class T>() {
-    parallel_for(p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) add_row<T>(p, row);
-    });
-  });
+  const AddRowLoops& loops = loops_for_this_cpu();
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return add_rows_with<float>(p, parallel_for, loops.float32);
+    case DType::kFloat64:
+      return add_rows_with<double>(p, parallel_for, loops.float64);
+    case DType::kBFloat16:
+      return add_rows_with<BFloat16>(p, parallel_for, loops.bfloat16);
+  }
 }
 
 void clear_rows(void* y, const int32_t* index, int64_t rows, int64_t width, DType dtype) {
