@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,10 +300,20 @@ class Engine:
 
 def _rows(tokens: Ids | Sequence[Ids] | Tensor) -> list[list[int]]:
     """Rows of ids; one row may come without its list."""
-    rows: Any = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-    if rows and not isinstance(rows[0], Sequence) and not isinstance(rows[0], Tensor):
-        rows = [rows]
-    return [row.tolist() if isinstance(row, Tensor) else [int(token) for token in row] for row in rows]
+
+    def listed(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    try:
+        rows = [listed(row) for row in listed(tokens)]
+        if rows and isinstance(rows[0], int):
+            rows = [rows]
+        return [[index(listed(token)) for token in row] for row in rows]
+    except TypeError:
+        raise TypeError(
+            f"the tokens ({type(tokens).__name__}) are no rows of whole numbers: give a list of token ids, a list of "
+            "such lists, or an integer tensor [B,S]"
+        ) from None
 
 
 def _options(
@@ -335,6 +346,9 @@ def _fields(config: MiCRoConfig, generation: Any) -> dict[str, Any]:
 
 def _sampling(rows: int, *options: Any) -> list[tuple[Any, ...]]:
     """(temperature, top_k, top_p, repetition penalty, seed) once for all rows, or of each row."""
+    for seed in options[-1] if isinstance(options[-1], Sequence) else [options[-1]]:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}, expected a whole number in 0 .. 2**64 - 1")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     if not any(isinstance(option, Sequence) for option in options):
         return [options]
@@ -345,5 +359,5 @@ def _sampling(rows: int, *options: Any) -> list[tuple[Any, ...]]:
                 raise ValueError(f"{name} is given for {len(option)} rows, there are {rows}")
             columns.append(list(option))
         else:
-            columns.append([option + row if name == "seed" else option for row in range(rows)])
+            columns.append([(option + row) % 2**64 if name == "seed" else option for row in range(rows)])
     return list(zip(*columns, strict=True))

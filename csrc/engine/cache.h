@@ -3,6 +3,7 @@
 // 9.14). Address space is reserved for `slots` tokens per row; pages appear where something is written.
 
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "engine/memory.h"
@@ -64,7 +65,8 @@ class Cache {
   int64_t input_bytes() const { return shape_.hidden * shape_.element; }
   int64_t group_stride() const { return slots_ * head_bytes(); }
   int64_t row_stride() const { return round_up(shape_.experts * shape_.groups * group_stride(), page_bytes()); }
-  int64_t input_stride() const { return round_up(slots_ * input_bytes(), page_bytes()); }
+  // Whole pages, so that rows share none, and whole inputs: kernels count a row's distance in them.
+  int64_t input_stride() const { return round_up(slots_ * input_bytes(), std::lcm(page_bytes(), input_bytes())); }
   char* head(const std::vector<Mapping>& store, int64_t layer, int64_t row, int64_t expert, int64_t group,
              int64_t slot) const;
   int32_t& inputs_from(int64_t layer, int64_t row) {

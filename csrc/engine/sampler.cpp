@@ -12,8 +12,10 @@ namespace micro::engine {
 namespace {
 
 void check_numbers(const Sampling& s) {
-  TORCH_CHECK_VALUE(std::isfinite(s.temperature) && s.temperature >= 0, "Engine: temperature is ", s.temperature,
-                    ", expected a number >= 0 (0: the most probable token)");
+  using micro_kernels::kColdest;
+  TORCH_CHECK_VALUE(s.temperature == 0 || (std::isfinite(s.temperature) && s.temperature >= kColdest),
+                    "Engine: temperature is ", s.temperature,
+                    ", expected 0 (the most probable token) or a number from ", kColdest, " on");
   TORCH_CHECK_VALUE(s.top_k >= 0, "Engine: top_k is ", s.top_k, ", expected a number of tokens, or 0 for all");
   TORCH_CHECK_VALUE(s.top_p > 0 && s.top_p <= 1, "Engine: top_p is ", s.top_p, ", expected a share in (0, 1]");
   TORCH_CHECK_VALUE(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0, "Engine: repetition_penalty is ",

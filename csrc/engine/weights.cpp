@@ -118,14 +118,16 @@ Matrix Weights::pack_exact(const at::Tensor& tensor) {
 
 Matrix Weights::pack_int8(const char* kind, const at::Tensor& tensor) {
   const int64_t out = tensor.size(0), in = tensor.size(1);
+  const at::Tensor plain = wide(tensor);
+  const double largest = plain.abs().max().item<double>();
+  TORCH_CHECK_VALUE(std::isfinite(largest), "Engine: a ", kind,
+                    " matrix holds NaN or infinity, which 8-bit integers cannot; use weights=\"packed\", or mend it");
   char* data = take(micro_kernels::cpu::packed_elements(in, out));
   auto* scales = reinterpret_cast<float*>(take(out * static_cast<int64_t>(sizeof(float))));
   check(kName, micro_kernels::cpu::pack_weight_int8(tensor.const_data_ptr(), in, out, kernel_dtype(kName, tensor),
                                                     reinterpret_cast<int8_t*>(data), scales, parallel_for));
-  const at::Tensor plain = wide(tensor);
   const at::Tensor scale = at::from_blob(scales, {out, 1}, at::kFloat).clamp_min(1e-30);
   const at::Tensor error = ((plain / scale).round_() * scale).sub_(plain);
-  const double largest = plain.abs().max().item<double>();
   ErrorSum& sum = errors_[kind];
   if (largest > 0) sum.largest = std::max(sum.largest, error.abs().max().item<double>() / largest);
   sum.squares += error.square().sum(at::kDouble).item<double>();

@@ -94,6 +94,18 @@ def test_other_configurations(fields: dict[str, Any]) -> None:
     assert_same_trace(out.routing, want.routing)
 
 
+@pytest.mark.parametrize("backbone,kind", ALL_FOUR)
+def test_rows_of_inputs_of_any_width_and_number(backbone: str, kind: str) -> None:
+    """Kept inputs of 96 bytes, of which no whole number fills the pages of a row."""
+    model = near_copies(backbone, kind, hidden_size=24, max_position_embeddings=40)
+    ids = random_ids(3, 15)
+    want = of_model(model, ids).logits
+    for keys_values in ("lazy", "eager"):
+        assert torch.equal(model.engine(keys_values=keys_values).prefill(ids, all_logits=True, chunk=4).logits, want)
+    together = model.engine().generate(PROMPTS, max_new_tokens=7)
+    assert together.tokens == [model.engine().generate([p], max_new_tokens=7).tokens[0] for p in PROMPTS]
+
+
 def test_a_folder_gives_the_same_engine(tmp_path: Path) -> None:
     model = near_copies(dtype=torch.bfloat16, eos_token_id=7)
     model.save_pretrained(tmp_path / "model")
@@ -418,7 +430,7 @@ def test_sampling_depends_on_row_and_seed_only() -> None:
     assert mixed.tokens == [greedy[0], first[1], greedy[2], first[3]]
     penalised = engine.generate(PROMPTS, max_new_tokens=12, repetition_penalty=1.8).tokens
     assert penalised == model_answers(model, PROMPTS, 12, repetition_penalty=1.8)
-    for name, value in {"temperature": -1.0, "top_p": 0.0, "top_k": -1, "repetition_penalty": 0.0}.items():
+    for name, value in {"temperature": -1.0, "seed": -1, "top_p": 0.0, "top_k": -1, "repetition_penalty": 0.0}.items():
         with pytest.raises(ValueError, match=name):
             engine.generate(PROMPTS, **{name: value})
 
@@ -556,6 +568,10 @@ def test_int8_weights_say_what_they_cost() -> None:
     assert engine.weight_bytes < 0.5 * exact.weight_bytes
     ids = random_ids(2, 30)
     want, got = exact.prefill(ids).logits, engine.prefill(ids).logits
+    with torch.no_grad():
+        model.model.layers[1].blocks.up_proj.weight[2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="up_proj matrix holds NaN"):
+        model.engine(weights="int8")
     assert 0 < float((got - want).abs().max() / want.abs().max()) < 0.2
 
 
@@ -591,6 +607,11 @@ def test_bad_input_is_named() -> None:
         engine.generate([[1, 2]], max_new_tokens=20)
     with pytest.raises(ValueError, match="has no tokenizer"):
         engine.generate("a text")
+    for tokens in ([[3.7, 4.2]], torch.tensor([[3.0]]), torch.ones(1, 2, 3, dtype=torch.int64), torch.tensor(3), 3):
+        with pytest.raises(TypeError, match="whole numbers"):
+            engine.prefill(tokens)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="temperature is 1e-07"):
+        engine.generate([[1]], max_new_tokens=2, temperature=1e-7)
     engine.prefill([[1], [2]])
     with pytest.raises(ValueError, match="2 rows were read before and 1 are given"):
         engine.prefill([[1]])
