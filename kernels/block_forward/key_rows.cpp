@@ -1,8 +1,8 @@
+#include "block_forward/key_rows.h"
+
 #include <algorithm>
 #include <cstring>
 #include <tuple>
-
-#include "block_forward/key_rows.h"
 
 namespace micro_kernels::cpu {
 namespace {
