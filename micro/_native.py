@@ -64,13 +64,8 @@ def _load() -> ModuleType:
 
 core = _load()
 
-# What `micro doctor` says of operators that are more than the kernel in the folder of their name.
-_HOME = {"stacked_linear": "expert_linear"}  # runs the other one's kernel
-_BESIDES = {
-    "expert_linear": " for few rows, BLAS for many and for gradients",
-    "stacked_linear": " for few rows, BLAS for many and for gradients",
-    "cross_entropy": " for softmax and loss, BLAS for the products with the head",
-}
+# Operators whose work is done by another one's kernel.
+_HOME = {"stacked_linear": "expert_linear"}
 
 
 def operators() -> list[str]:
@@ -78,7 +73,8 @@ def operators() -> list[str]:
     names = {
         name.removeprefix("micro::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("micro::")
     }
-    return sorted(name for name in names if not name.endswith(("_forward", "_backward")))
+    halves = {name + half for name in names for half in ("_forward", "_backward")}
+    return sorted(names - halves)
 
 
 def build_info() -> dict[str, Any]:
@@ -93,10 +89,10 @@ def build_info() -> dict[str, Any]:
 
 
 def _cpu_path(operator: str, kernels: dict[str, list[str]], isa: str) -> str:
-    """What runs on the CPU: the best kernel that this instruction set allows, and what works beside it."""
+    """What runs on the CPU: the best kernel that this instruction set allows."""
     written = kernels.get(_HOME.get(operator, operator))
     if written is None:
         return "torch functions"
     levels = ["plain", "avx2", "avx512", "avx512_bf16"]
     best = [level for level in levels[: levels.index(isa) + 1] if level in written][-1]
-    return f"micro kernel ({best}){_BESIDES.get(operator, '')}"
+    return f"micro kernel ({best})"

@@ -41,8 +41,8 @@ def test_an_operator_is_a_whole_slice(op):
         assert mentioned(header, "tests/kernels/*.cpp"), f"no kernel test includes {header}"
     assert hasattr(reference, op), f"micro/testing/reference.py does not define {op}"
     wrapper = getattr(ops, op, None)
-    assert wrapper is not None, f"micro/ops.py has no wrapper for {op}"
-    assert wrapper.__module__ == "micro.ops", f"micro.ops.{op} is not the compiled operator"
+    assert wrapper is not None, f"micro.ops has no wrapper for {op}"
+    assert wrapper.__module__.startswith("micro.ops."), f"micro.ops.{op} is not the compiled operator"
     assert wrapper.__doc__, f"micro.ops.{op} has no docstring"
 
 

@@ -99,7 +99,8 @@ def test_doctor_names_versions_kernels_and_paths():
     paths = {name: path["cpu"] for name, path in report["core"]["ops"].items()}
     assert paths["rms_norm"].startswith("micro kernel (")
     assert paths["stacked_linear"] == paths["expert_linear"]
-    assert "BLAS" in paths["stacked_linear"]
+    assert paths["block_forward"].startswith("micro kernel (")
+    assert not any(name.endswith("_backward") for name in paths)
     assert paths["rope_frequencies"] == "torch functions"
     assert "complete" in micro("doctor").stdout
 

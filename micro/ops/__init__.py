@@ -1,0 +1,46 @@
+"""The operators of the core as Python functions.
+
+Thin on purpose: checks, dispatch and autograd live in C++ (csrc/ops).
+"""
+
+from __future__ import annotations
+
+from micro.ops.blocks import block_forward, block_train
+from micro.ops.head import cross_entropy, sample
+from micro.ops.layers import (
+    expert_attention,
+    expert_linear,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    rope_table,
+    stacked_linear,
+    swiglu,
+)
+from micro.ops.optimizer import adamw_step, gradient_norm
+from micro.ops.routing import combine, label_loss, load_balancing_loss, permute, plan, route, routing_entropy, z_loss
+
+__all__ = [
+    "adamw_step",
+    "block_forward",
+    "block_train",
+    "combine",
+    "cross_entropy",
+    "expert_attention",
+    "expert_linear",
+    "gradient_norm",
+    "label_loss",
+    "load_balancing_loss",
+    "permute",
+    "plan",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_table",
+    "route",
+    "routing_entropy",
+    "sample",
+    "stacked_linear",
+    "swiglu",
+    "z_loss",
+]
