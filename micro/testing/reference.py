@@ -336,6 +336,37 @@ def block_forward(
     return u + (norm(m, p.post_ffn_norm) if olmo else m), raw, routing
 
 
+def block_train(
+    x: Tensor,
+    parameters: BlockParameters,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    eps: float,
+    slots: int,
+    mask: Tensor | None = None,
+    real: Tensor | None = None,
+    k: int = 1,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    ablate: Tensor | None = None,
+    force: Tensor | None = None,
+    replay: Tensor | None = None,
+    weight_rule: str = "renormalized",
+    run_router: bool = True,
+    activations: str = "save",
+) -> tuple[Tensor, Tensor | None, Routing]:
+    """One layer of whole blocks without a cache; its gradients are those that autograd finds for :func:`block_forward`.
+
+    activations only says what is kept for them: it changes no value.
+    """
+    return block_forward(
+        x, parameters, cos, sin, heads=heads, whole_block=True, eps=eps, slots=slots, mask=mask, real=real, k=k,
+        rows=rows, bias=bias, ablate=ablate, force=force, replay=replay, weight_rule=weight_rule, run_router=run_router,
+    )  # fmt: skip
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, the product in float32, rounded once."""
     acc = wide(gate.dtype)

@@ -1,7 +1,11 @@
 #include "micro/block_train.h"
 
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <vector>
 
 #include "micro/block_forward.h"
 
