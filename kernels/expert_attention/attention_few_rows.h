@@ -27,9 +27,7 @@ struct FewRows {
   int64_t keys_ahead, values_ahead;
 };
 
-inline void prefetch(const void* from, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead)));
-}
+inline void prefetch(const void* from, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(from) + ahead); }
 
 // ---- scores: lanes are keys, which turns a square of the keys in registers -----------------------------------------
 

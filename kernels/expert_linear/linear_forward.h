@@ -23,7 +23,7 @@ inline void strip_sums(const typename Mode::T* weight, int64_t in, int64_t colum
   constexpr int n = kLanes<Cell>;
   constexpr int64_t wide = n * Mode::kPair;
   Vec<Acc> sum[kStripGroups][kRows] = {};
-  for (int64_t i = 0; i < in; i += wide, x += n)
+  for (int64_t i = 0; i < in; i += wide, x += n) {
 #pragma GCC unroll 2
     for (int g = 0; g < kStripGroups; ++g, ahead += n * wide) {
       const typename Mode::T* rows = weight + g * n * in + i;
@@ -45,6 +45,7 @@ inline void strip_sums(const typename Mode::T* weight, int64_t in, int64_t colum
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) sum[g][r] = Mode::step(broadcast<Cell>(x[r * x_stride + l]), v[l], sum[g][r]);
     }
+  }
 #pragma GCC unroll 2
   for (int g = 0; g < kStripGroups; ++g)
 #pragma GCC unroll 8

@@ -101,8 +101,14 @@ struct WeightGradientBlock {
         store(sums + m * kPanel + n, load_wide(at<Acc>(m) + n, width - n));
   }
   void finish(const Acc* sums) const {
-    for (int64_t m = 0; m < outputs; ++m)
-      part.accumulate ? store_row(at<Acc>(m), sums + m * kPanel, width) : store_row(at<T>(m), sums + m * kPanel, width);
+    if (part.accumulate) return finish_as<Acc>(sums);
+    finish_as<T>(sums);
+  }
+
+ private:
+  template <class Element>
+  void finish_as(const Acc* sums) const {
+    for (int64_t m = 0; m < outputs; ++m) store_row(at<Element>(m), sums + m * kPanel, width);
   }
 };
 
