@@ -47,6 +47,10 @@ def _layout(config: MiCRoConfig) -> Layout:
     return (*maps, *(place if here else None for place, here in zip(norms, (not olmo, True, *[olmo] * 3), strict=True)))
 
 
+# A class whose forward was replaced is not what it was when this was written.
+_FORWARDS = [(kind, kind.forward) for kind in (Linear, RMSNorm, RouterMap, StackedLinear, StackedNorm, MiCRoRouter)]
+
+
 def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
     """Whether the layers of a call on x may be fused, as far as the call itself tells."""
     head = int(config.head_dim or 0)
@@ -63,6 +67,7 @@ def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
         and not torch_module._global_forward_pre_hooks
         and not torch_module._global_backward_hooks
         and not torch_module._global_backward_pre_hooks
+        and all(kind.forward is forward for kind, forward in _FORWARDS)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
     )
