@@ -116,6 +116,108 @@ Status linear_grad_weight(const LinearGradWeightPart* parts, int64_t count, DTyp
 namespace cuda {
 Status expert_linear(const ExpertLinearParams& params, void* stream);
 Status expert_linear_backward(const ExpertLinearBackwardParams& params, void* stream);
+
+// ---- CUDA's grouped product ----------------------------------------------------------------------------------------
+// One launch serves a few groups: the same rows, or all rows, through the matrices of all experts. Pointers are the
+// device's; the groups themselves lie on the host and travel in the kernel's parameters. Every output is one chain of
+// additions in the order of the inputs, whatever the number of rows, groups and blocks: the same bits on every run.
+//
+// Which rows an expert has, in all three products:
+//   offsets given    expert e has the rows n in [offsets[e], offsets[e + 1]); `rows` is their number in the worst case.
+//                    Rows in [offsets[experts], rows) are idle: what would be written for them is 0.
+//   offsets nullptr  expert e has the rows n in [0, rows), all of them; where `used` is given, experts with
+//                    used[e] == used[e + 1] have none: what would be written for them is 0.
+// Row n of expert e of a ConstRows or Rows r lies at r.data + e * expert_stride + (r.index ? r.index[n] : n) * r.stride
+// (strides in elements). An index < 0 in what is read (not residual and scale) means a row of zeros.
+// Anything is right; fast are pointers aligned to 16 bytes with widths and strides of multiples of 16 bytes.
+
+inline constexpr int kMostGroups = 4;
+inline constexpr int kMostSources = 4;
+
+// y = x weight^T, and then what is asked for, each step rounded to the element type as the separate operators do:
+//   up:       y = swiglu(x weight^T, x up^T)
+//   cos:      y = rope(y)
+//   residual: y = residual + y
+//   scale:    y = y * scale[row]
+// The rows y that different groups and experts write must not overlap; y may be residual.
+struct LinearGroup {
+  ConstRows x;                       // [., in]
+  int64_t x_expert_stride = 0;       // 0: all experts read the same rows
+  const void* weight = nullptr;      // [experts, out, in]
+  int64_t weight_expert_stride = 0;  // out * in; 0: one matrix for all
+  const void* up = nullptr;          // as weight; nullptr: none
+  ConstRows residual;                // [., out]; data == nullptr: none
+  ConstRows scale;                   // [., 1], stride counts; data == nullptr: none
+  Rows y;                            // [., out]
+  int64_t y_expert_stride = 0;
+  int64_t y_head_stride = 0;  // 0: a row of y is in one piece; else column o lies o / head_dim * y_head_stride + o %
+                              // head_dim behind the row's beginning (keys and values of a cache)
+  const int32_t* offsets = nullptr;  // [experts + 1]
+  const int32_t* used = nullptr;     // [experts + 1]
+  int64_t rows = 0, experts = 1, in = 0, out = 0;
+  // Norm of x on the way in (Llama's rounding): round(round(x * inverse_rms[r]) * gain[e]), r: the row of x without
+  // the expert's stride.
+  const void* gain = nullptr;         // [experts, in]; nullptr: no norm
+  int64_t gain_expert_stride = 0;     // in; 0: one gain for all
+  const void* inverse_rms = nullptr;  // [rows of x], accumulator type
+  // Rotation on the way out, of heads of head_dim columns (16, 32, 64 or 128).
+  const void* cos = nullptr;          // [positions, head_dim / 2], accumulator type; nullptr: no rotation
+  const void* sin = nullptr;          //
+  const int32_t* position = nullptr;  // [rows of x]; nullptr: r % positions
+  int64_t positions = 0;
+  int64_t head_dim = 0;  // for cos and y_head_stride
+};
+
+// grad_x[n] = sum over the sources s, one after the other, of grad_y_s[n] weight_s: one chain, rounded once.
+struct LinearGradXSource {
+  ConstRows grad_y;  // [., out]
+  int64_t grad_y_expert_stride = 0;
+  int64_t index_expert_stride = 0;   // elements between the experts' lists grad_y.index; 0: one list
+  const void* weight = nullptr;      // [experts, out, in]
+  int64_t weight_expert_stride = 0;  // out * in; 0: one matrix for all
+  int64_t out = 0;
+};
+
+struct LinearGradXGroup {
+  LinearGradXSource sources[kMostSources];
+  int64_t source_count = 1;
+  Rows grad_x;  // [., in]
+  int64_t grad_x_expert_stride = 0;
+  const int32_t* offsets = nullptr;  // [experts + 1]
+  const int32_t* used = nullptr;     // [experts + 1]
+  int64_t rows = 0, experts = 1, in = 0;
+  // offsets == nullptr only: all experts read the same x. The chain goes on over the experts, ascending, and in each
+  // over the sources; grad_x has no experts.
+  bool sum_experts = false;
+  // The gated unit behind grad_x (gate != nullptr): grad_x itself is rounded but not stored (grad_x.data is not used,
+  // its index and strides are), and gives, at the same places of arrays of the same shape,
+  //   grad_gate, grad_up  as swiglu_backward gives them
+  //   activation          swiglu(gate, up); nullptr: not wanted
+  const void* gate = nullptr;
+  const void* up = nullptr;
+  void* grad_gate = nullptr;  // may be gate
+  void* grad_up = nullptr;    // may be up
+  void* activation = nullptr;
+};
+
+// grad_weight[e, o, i] = sum over the expert's rows n, in their order, of grad_y[n, o] x[n, i]. Experts without rows:
+// 0.
+struct LinearGradWeightGroup {
+  ConstRows grad_y;  // [., out]
+  int64_t grad_y_expert_stride = 0;
+  ConstRows x;  // [., in]
+  int64_t x_expert_stride = 0;
+  void* grad_weight = nullptr;  // [experts, out, in], element type; or, accumulate, to be added to, accumulator type
+  const int32_t* offsets = nullptr;  // [experts + 1]
+  const int32_t* used = nullptr;     // [experts + 1]
+  int64_t rows = 0, experts = 1, in = 0, out = 0;
+  bool accumulate = false;
+};
+
+// 0 < count <= kMostGroups.
+Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream);
+Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream);
+Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream);
 }  // namespace cuda
 
 }  // namespace micro_kernels
