@@ -11,6 +11,8 @@
 #include "emu/memory.h"
 #else
 
+#include "common/cuda/arch/store.cuh"
+
 namespace micro_kernels::cuda {
 
 // N neighbours, moved by one instruction: sizeof(T) * N is 2, 4, 8 or 16 bytes, and so is the address's alignment.
@@ -22,6 +24,9 @@ struct alignas(sizeof(T) * N) Vec {
   __device__ const T& operator[](int i) const { return v[i]; }
 };
 
+template <class V>
+using WordOf = typename Word<sizeof(V)>::type;
+
 template <class T>
 __device__ __forceinline__ T load(const T* address) {
   return *address;
@@ -32,11 +37,11 @@ __device__ __forceinline__ void store(T* address, T value) {
 }
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load_vec(const T* address) {
-  return *reinterpret_cast<const Vec<T, N>*>(address);
+  return __builtin_bit_cast(Vec<T, N>, *reinterpret_cast<const WordOf<Vec<T, N>>*>(address));
 }
 template <int N, class T>
 __device__ __forceinline__ void store_vec(T* address, const Vec<T, N>& value) {
-  *reinterpret_cast<Vec<T, N>*>(address) = value;
+  store_global(address, __builtin_bit_cast(WordOf<Vec<T, N>>, value));
 }
 
 // An array in shared memory: a member of the struct that shared_memory<>() returns.
@@ -48,11 +53,11 @@ struct alignas(16) SharedArray {
   __device__ __forceinline__ void store(int i, T value) { data[i] = value; }
   template <int M>
   __device__ __forceinline__ Vec<T, M> load_vec(int i) const {
-    return *reinterpret_cast<const Vec<T, M>*>(data + i);
+    return __builtin_bit_cast(Vec<T, M>, *reinterpret_cast<const WordOf<Vec<T, M>>*>(data + i));
   }
   template <int M>
   __device__ __forceinline__ void store_vec(int i, const Vec<T, M>& value) {
-    *reinterpret_cast<Vec<T, M>*>(data + i) = value;
+    store_shared(data + i, __builtin_bit_cast(WordOf<Vec<T, M>>, value));
   }
   // For copy_async and load_matrix (arch/): the address of `count` neighbours.
   __device__ __forceinline__ T* at(int i, int) { return data + i; }
