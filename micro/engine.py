@@ -107,10 +107,15 @@ class Engine:
         tokenizer: Any = None,
     ) -> Engine:
         """Of a model's parameters as they are now; the model may be changed or dropped afterwards. Options: as in
-        :meth:`open`.
+        :meth:`open`. Raises ``ValueError`` for a model on another device: the engine computes on the CPU.
         """
         config = model.config
-        parameters = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+        if model.device.type != "cpu":
+            raise ValueError(
+                f"Engine.from_model: the engine computes on the CPU, this model is on {model.device}: pass "
+                'model.to("cpu"), or generate with the model itself'
+            )
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         options = _options(dtype, numerics or config.numerics, weights, keys_values, max_length)
         return cls(core.Engine(_fields(config, model.generation_config), parameters, **options), config, tokenizer)
 

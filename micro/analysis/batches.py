@@ -48,10 +48,11 @@ def shifted(labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(model: MiCRoForCausalLM, batch: dict[str, Tensor], **controls: Any) -> Tensor:
-    """Cross-entropy of every target token in nats, float32 [B,S]; 0 where there is no target.
+    """Cross-entropy of every target token in nats, float32 [B,S] on the host; 0 where there is no target.
 
     ``controls`` are the steering arguments of the model's forward.
     """
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     hidden = model.model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **controls
     ).last_hidden_state
@@ -64,7 +65,7 @@ def token_losses(model: MiCRoForCausalLM, batch: dict[str, Tensor], **controls: 
         torch.nn.functional.cross_entropy(model.lm_head(h).float(), t, reduction="none")
         for h, t in zip(rows.split(size), ids.split(size), strict=True)
     ]
-    losses = torch.zeros(targets.shape, dtype=torch.float32)
+    losses = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     if parts:
         losses[wanted] = torch.cat(parts)
-    return losses
+    return losses.cpu()

@@ -121,7 +121,7 @@ class _Counts:
     def add(self, records: Sequence[int], trace: Any, predicting: Tensor, answer: Tensor, labels: Tensor) -> None:
         """predicting, answer: bool [B,S]; labels: int64 [B,S]."""
         experts = self.usage.shape[-1]
-        probs = trace.probs.double()
+        probs = trace.probs.double().cpu()
         chosen = torch.nn.functional.one_hot(probs.argmax(-1), experts).double()  # [L,B,S,E]
         expected = torch.nn.functional.one_hot(labels.clamp(min=0), experts).double()
         m = predicting.double()
@@ -176,8 +176,8 @@ def routing(
     try:
         for records, batch in track(work, "routing", unit="batches", enabled=progress):
             trace = model.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
                 use_cache=False,
                 output_routing=True,
                 **(controls or {}),

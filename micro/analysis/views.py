@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def trace_view(title: str, tokenizer: Any, ids: list[int], trace: Any, *, row: int = 0, prompt: int = 0) -> TokenView:
     """View of one row of a :class:`~micro.modeling.RoutingTrace`; ids beyond the trace are left out."""
     slots = min(len(ids), trace.probs.shape[2])
-    probs = trace.probs[:, row, :slots].float().numpy()
+    probs = trace.probs[:, row, :slots].float().cpu().numpy()
     names = default_names(probs.shape[-1])
     return TokenView(title, token_texts(ids[:slots], tokenizer), probs, names, prompt_length=prompt)
 
@@ -51,7 +51,7 @@ def text_view(
 ) -> TokenView:
     """Teacher-forced routing of given token ids."""
     tensor = torch.as_tensor(ids).reshape(1, -1)
-    trace = model.model(input_ids=tensor, use_cache=False, output_routing=True, **controls).routing
+    trace = model.model(input_ids=tensor.to(model.device), use_cache=False, output_routing=True, **controls).routing
     view = trace_view(title, tokenizer, tensor[0].tolist(), trace)
     view.experts = list(model.config.expert_names or ())
     return view

@@ -1,8 +1,14 @@
-"""Steering of one forward pass: controls cut to its slots, checked, shaped as :func:`micro.ops.route` takes them."""
+"""Steering of one forward pass: controls cut to its slots, checked, shaped as :func:`micro.ops.route` takes them.
+
+Nothing here waits for a CUDA device. A control stays where its user put it until it has been checked: one on the host
+(names, numbers, lists, tensors) is refused with the row, layer and slot that are wrong, one that lies on the device by
+an assertion that the device makes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +43,7 @@ class BoundSteering:
         self._forced_rows = self._force_as_rows()
         self._forced_logits = None if self._forced_rows is None else self._forced_rows.log()
         self._of_all_layers: dict[int, Tensor] = {}
+        self._to_device()
 
     # ------------------------------------------------------------------ what layers take
     def layer(self, index: int) -> LayerControls:
@@ -91,14 +98,24 @@ class BoundSteering:
     def _tokens(self, value: Tensor) -> Tensor:
         """[B|1,S|1,...] as [T|1,...]."""
         if value.shape[0] == 1 and value.shape[1] == 1:
-            return value[0].to(self.device)
-        return value.expand(self.rows, self.slots, *[-1] * (value.dim() - 2)).flatten(0, 1).to(self.device)
+            return value[0]
+        return value.expand(self.rows, self.slots, *[-1] * (value.dim() - 2)).flatten(0, 1)
 
     def _force_as_rows(self) -> Tensor | None:
         """One-hot rows [B|1,L|1,S|1,E] if every token of every layer is forced."""
         if self._force is None or self._replay is not None or self.steering.by_labels or bool((self._force < 0).any()):
             return None
         return F.one_hot(self._force, self.num_experts).to(self._wide)
+
+    def _to_device(self) -> None:
+        """What layers take, beside the model; without waiting for it."""
+        for name in ("labels", "_given", "_given_mask", "_replay", "_replay_mask", "_ablate", "_bias", "_force"):
+            setattr(self, name, _moved(getattr(self, name), self.device))
+        self._forced_rows = _moved(self._forced_rows, self.device)
+        self._forced_logits = _moved(self._forced_logits, self.device)
+        if self._given is not None and self.real is not None and self.steering.weights is not None:
+            # Any valid row: controls at padding are ignored.
+            self._given = torch.where(self.real.flatten()[:, None], self._given, 1.0)
 
     # ------------------------------------------------------------------ windows of the controls
     def _span(self) -> tuple[int, int]:
@@ -110,10 +127,9 @@ class BoundSteering:
         steering, merged = self.steering, None
         for control in getattr(steering, name):
             part = window(name, control, *self._span(), steering.prompt, steering.step_reader(self.rows))
-            part = part.to(self.device)
             if part.shape[0] not in (1, self.rows):
                 raise ValueError(f"{name}: given for {part.shape[0]} rows, the call has {self.rows}")
-            merged = part if merged is None else merge(merged, part)
+            merged = part if merged is None else merge(*_together(merged, part))
         return merged
 
     def _all_ablated(self) -> Tensor | None:
@@ -122,17 +138,22 @@ class BoundSteering:
         if self._bias is None:
             return ablate
         bias = self._bias.detach()
-        if bool((bias.isnan() | (bias == torch.inf)).any()):
-            raise ValueError("bias: +inf and NaN have no meaning; -inf ablates, any other number is added to the logit")
+        message = "bias: +inf and NaN have no meaning; -inf ablates, any other number is added to the logit"
+        wrong = (bias.isnan() | (bias == torch.inf)).any()
+        if not _on_host(wrong):
+            torch._assert_async(~wrong, message)
+        elif bool(wrong):
+            raise ValueError(message)
         gone = bias == -torch.inf
-        if bool(gone.any()):
+        if not _on_host(gone) or bool(gone.any()):
             self._bias = self._bias.masked_fill(gone, 0.0)
-            ablate = gone if ablate is None else ablate | gone
+            ablate = gone if ablate is None else torch.logical_or(*_together(ablate, gone))
         return ablate
 
     def _slots_of(self, value: Tensor, everywhere: bool, name: str) -> tuple[Tensor, Tensor | None]:
-        """From [B,...] (everywhere) or [B,S',...]: [B,S,...] of this call, and where given (bool [B,S], None = all)."""
-        value = value.to(self.device)
+        """From [B,...] (everywhere) or [B,S',...]: [B,S,...] of this call, and where given (bool [B,S] on the host,
+        None = all).
+        """
         if value.shape[0] != self.rows:
             raise ValueError(f"{name}: given for {value.shape[0]} rows, the call has {self.rows}")
         if everywhere:
@@ -145,7 +166,7 @@ class BoundSteering:
             return part, None
         out = value.new_zeros(self.rows, self.slots, *value.shape[2:])
         out[:, : part.shape[1]] = part
-        inside = torch.zeros(self.rows, self.slots, dtype=torch.bool, device=self.device)
+        inside = torch.zeros(self.rows, self.slots, dtype=torch.bool)
         inside[:, : part.shape[1]] = True
         return out, inside
 
@@ -157,26 +178,34 @@ class BoundSteering:
             return None
         labels, inside = self._slots_of(labels, labels.dim() == 1, "routing_labels")
         language = ExpertNames(self.steering.config).language()
-        bad = self._counts(inside) & (
-            (labels < -1) | (labels >= self.num_experts) | (labels == -1) & (language is None)
-        )
-        if bool(bad.any()):
-            row, slot = bad.nonzero()[0].tolist()
-            wrong = int(labels[row, slot])
+        bad = (labels < -1) | (labels >= self.num_experts) | (labels == -1) & (language is None)
+        expected = f"expected 0..{self.num_experts - 1}" + ("" if language is None else " or -1 (language)")
+        if (found := self._first(bad, inside, f"routing_labels: a label is wrong; {expected}")) is not None:
+            wrong = int(labels[found])
             why = " (it means the expert named language, and there is none)" if wrong == -1 else ""
-            raise ValueError(
-                f"routing_labels: label {wrong}{why} at row {row}, slot {self.start + slot}; expected "
-                f"0..{self.num_experts - 1}" + ("" if language is None else " or -1 (language)")
-            )
+            row, slot = found
+            raise ValueError(f"routing_labels: label {wrong}{why} at row {row}, slot {self.start + slot}; {expected}")
         fill = -1 if language is None else language
         labels = torch.where((labels < 0) | (labels >= self.num_experts), fill, labels)
-        return labels if inside is None else torch.where(inside, labels, -1)
+        return labels if inside is None else torch.where(_moved(inside, labels.device), labels, -1)
 
-    def _counts(self, inside: Tensor | None) -> Tensor:
-        """Slots at which a mistake is one: real, and with something given."""
-        shape = (self.rows, self.slots)
-        real = torch.ones(shape, dtype=torch.bool, device=self.device) if self.real is None else self.real
-        return real if inside is None else real & inside
+    def _first(self, bad: Tensor, inside: Tensor | None, message: str) -> tuple[int, int] | None:
+        """Row and slot of the first mistake of bool [B,S] that is one: at a real token, with something given. Mistakes
+        on a device cannot be looked at without waiting; they become its assertion, with ``message``.
+        """
+        if inside is not None:
+            bad = bad & _moved(inside, bad.device)
+        if _on_host(bad) and not bool(bad.any()):
+            return None
+        if self.real is not None:
+            bad = bad & self.real.to(bad.device)
+        if not _on_host(bad):
+            torch._assert_async(~bad.any(), message)
+            return None
+        if not bool(bad.any()):
+            return None
+        row, slot = bad.nonzero()[0].tolist()
+        return row, slot
 
     def _given_rows(self) -> tuple[Tensor | None, Tensor | None]:
         """Rows used in place of probabilities [T,E], and where [T] (None = everywhere)."""
@@ -193,8 +222,6 @@ class BoundSteering:
             rows = F.one_hot(self.labels.clamp(min=0), self.num_experts).to(self._wide)
         if inside is not None and not bool(inside.any()):
             return None, None
-        if self.real is not None and steering.weights is not None:
-            rows = torch.where(self.real[..., None], rows, 1.0)  # any valid row: controls at padding are ignored
         return rows.flatten(0, 1), None if inside is None else inside.flatten()
 
     def _label_mask(self) -> Tensor | None:
@@ -203,16 +230,15 @@ class BoundSteering:
         assert labels is not None
         if labels.dim() == 1 or self.steering.prompt is None or self._span()[1] <= labels.shape[1]:
             return None
-        return (torch.arange(*self._span(), device=self.device) < labels.shape[1]).expand(self.rows, -1)
+        return (torch.arange(*self._span()) < labels.shape[1]).expand(self.rows, -1)
 
     def _check_rows(self, rows: Tensor, inside: Tensor | None) -> None:
         bad = ~torch.isfinite(rows).all(-1) | (rows < 0).any(-1) | (rows.sum(-1) <= 0)
-        bad &= self._counts(inside)
-        if bool(bad.any()):
-            row, slot = bad.nonzero()[0].tolist()
+        expected = "expected finite numbers >= 0 with a positive sum"
+        if (found := self._first(bad, inside, f"routing_weights: a row is wrong; {expected}")) is not None:
+            row, slot = found
             raise ValueError(
-                f"routing_weights: row {row}, slot {self.start + slot} is {rows[row, slot].tolist()}; "
-                "expected finite numbers >= 0 with a positive sum"
+                f"routing_weights: row {row}, slot {self.start + slot} is {rows[found].tolist()}; {expected}"
             )
 
     def _replayed(self) -> tuple[Tensor | None, Tensor | None]:
@@ -234,13 +260,13 @@ class BoundSteering:
             )
         if first >= slots:
             return None, None
-        part = trace.ids[:, :, first:last].to(self.device, torch.int32)
+        part = trace.ids[:, :, first:last].to(torch.int32)
         inside = part.shape[2]
         if inside < self.slots:
             part = F.pad(part, (0, 0, 0, self.slots - inside))
         mask = None
         if inside < self.slots:
-            mask = (torch.arange(self.slots, device=self.device) < inside).repeat(self.rows)
+            mask = (torch.arange(self.slots) < inside).repeat(self.rows)
         return part.reshape(layers, self.rows * self.slots, k), mask
 
     # ------------------------------------------------------------------ checks (model.md 4.4)
@@ -252,16 +278,16 @@ class BoundSteering:
             if bool(((force < -1) | (force >= self.num_experts)).any()):
                 raise ValueError(f"force: an expert id is outside 0..{self.num_experts - 1} (-1 = free)")
             if ablate is not None:
-                hit = (F.one_hot(force.clamp(min=0), self.num_experts).bool() & ablate).any(-1) & (force >= 0)
-                self._refuse(hit, "the forced expert is ablated")
+                forced, gone = _together(self._forced_of(force), ablate)
+                self._refuse((forced & gone).any(-1), "the forced expert is ablated")
         if self._given is not None:
             if self._bias is not None:
                 raise ValueError("bias has no meaning where labels or routing_weights route; pass route_by='router'")
             if ablate is not None:
-                given = self._given.view(self.rows, 1, self.slots, -1) > 0
+                given, gone = _together(self._given.view(self.rows, 1, self.slots, -1) > 0, ablate)
                 if self._given_mask is not None:
-                    given = given & self._given_mask.view(self.rows, 1, self.slots, 1)
-                self._refuse((given & ablate).any(-1), "a label or routing weight asks for an ablated expert")
+                    given = given & _moved(self._given_mask, given.device).view(self.rows, 1, self.slots, 1)
+                self._refuse((given & gone).any(-1), "a label or routing weight asks for an ablated expert")
         if self._replay is not None:
             self._check_replay(self._replay)
 
@@ -269,24 +295,45 @@ class BoundSteering:
         """A replayed choice that steering rules out would leave a token without output."""
         chosen = F.one_hot(ids.long(), self.num_experts).any(2).bool()
         chosen = chosen.view(-1, self.rows, self.slots, self.num_experts).transpose(0, 1)
-        inside = torch.ones((), dtype=torch.bool, device=self.device)
         if self._replay_mask is not None:
-            inside = self._replay_mask.view(self.rows, 1, self.slots)
+            # Elsewhere anything may be chosen.
+            chosen = chosen | ~_moved(self._replay_mask, ids.device).view(self.rows, 1, self.slots, 1)
         if self._ablate is not None:
-            self._refuse(~(chosen & ~self._ablate).any(-1) & inside, "every replayed expert is ablated")
+            taken, gone = _together(chosen, self._ablate)
+            self._refuse(~(taken & ~gone).any(-1), "every replayed expert is ablated")
         if self._force is not None:
-            forced = F.one_hot(self._force.clamp(min=0), self.num_experts).bool()
-            miss = ~(chosen & forced).any(-1) & (self._force >= 0)
-            self._refuse(miss & inside, "the forced expert is not among the replayed ones")
+            taken, forced = _together(chosen, self._forced_of(self._force))
+            free = _moved(self._force < 0, forced.device)
+            self._refuse(~(taken & forced).any(-1) & ~free, "the forced expert is not among the replayed ones")
+
+    def _forced_of(self, force: Tensor) -> Tensor:
+        """One-hot bool [..., E] of the forced expert; nothing where force is -1."""
+        return F.one_hot(force.clamp(min=0), self.num_experts).bool() & (force >= 0)[..., None]
 
     def _refuse(self, bad: Tensor, what: str) -> None:
         """Raise if ``bad`` [B|1,L|1,S|1] holds at a real slot; names the first row, layer and slot."""
-        if not bool(bad.any()):
+        if _on_host(bad) and not bool(bad.any()):
             return
         bad = bad.expand(self.rows, -1, self.slots)
         if self.real is not None:
-            bad = bad & self.real[:, None]
-        if bool(bad.any()):
+            bad = bad & self.real[:, None].to(bad.device)
+        if not _on_host(bad):
+            torch._assert_async(~bad.any(), f"steering: {what}")
+        elif bool(bad.any()):
             row, layer, slot = bad.nonzero()[0].tolist()
             every = "" if bad.shape[1] > 1 else " (every layer)"
             raise ValueError(f"steering: {what} at row {row}, layer {layer}{every}, slot {self.start + slot}")
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Any:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _together(*tensors: Tensor) -> list[Tensor]:
+    """Tensors on one device: the host, if all of them are there."""
+    elsewhere = [t.device for t in tensors if not _on_host(t)]
+    return [_moved(t, elsewhere[0]) for t in tensors] if elsewhere else list(tensors)

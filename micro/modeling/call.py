@@ -39,9 +39,8 @@ class Call:
     def everyone(self) -> tuple[Tensor, Tensor]:
         """Tokens int32 [T] and offsets int32 [2] of a plan with one expert that has every token."""
         count, device = self.rows * self.slots, self.cos.device
-        return torch.arange(count, dtype=torch.int32, device=device), torch.tensor(
-            [0, count], dtype=torch.int32, device=device
-        )
+        ends = torch.arange(2, dtype=torch.int32, device=device) * count  # a list would be copied, and waited for
+        return torch.arange(count, dtype=torch.int32, device=device), ends
 
     @property
     def length(self) -> int:
@@ -113,8 +112,9 @@ def rotary_tables(config: MiCRoConfig, positions: Tensor, dtype: torch.dtype) ->
     """Tables cos and sin [T,D/2] for positions [T]. Angles are float32; Llama rounds the tables to the model dtype,
     OLMo-2 does not (model.md 2.2).
     """
-    frequencies = _frequencies(int(config.head_dim or 0), config.rope_theta_value, config.rope_scaling_value)
-    angles = positions[:, None].float() * frequencies.to(positions.device)
+    size = int(config.head_dim or 0)
+    frequencies = _frequencies(size, config.rope_theta_value, config.rope_scaling_value, positions.device)
+    angles = positions[:, None].float() * frequencies
     tables = (angles.cos(), angles.sin())
     if config.backbone == "llama":
         tables = tuple(table.to(dtype) for table in tables)  # type: ignore[assignment]
@@ -122,14 +122,17 @@ def rotary_tables(config: MiCRoConfig, positions: Tensor, dtype: torch.dtype) ->
     return tables[0].to(wide), tables[1].to(wide)
 
 
-def _frequencies(size: int, theta: float, scaling: tuple[float, float, float, float] | None) -> Tensor:
+Scaling = tuple[float, float, float, float]
+
+
+def _frequencies(size: int, theta: float, scaling: Scaling | None, device: torch.device) -> Tensor:
     """As :func:`micro.ops.rope_frequencies`; made once, except while tracing, where tensors are not real."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return ops.rope_frequencies(size, theta, scaling)
-    return _kept_frequencies(size, theta, scaling)
+        return ops.rope_frequencies(size, theta, scaling).to(device)
+    return _kept_frequencies(size, theta, scaling, device)
 
 
 @lru_cache(maxsize=16)
-def _kept_frequencies(size: int, theta: float, scaling: tuple[float, float, float, float] | None) -> Tensor:
+def _kept_frequencies(size: int, theta: float, scaling: Scaling | None, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return ops.rope_frequencies(size, theta, scaling)
+        return ops.rope_frequencies(size, theta, scaling).to(device)

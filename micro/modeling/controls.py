@@ -216,7 +216,7 @@ class ControlReader:
             return value
         if value.dtype.is_floating_point or value.dtype == torch.bool:
             raise TypeError(f"force: a tensor must hold integers, got {value.dtype}")
-        return value.long()
+        return value.long().cpu()  # a force on every token saves the routers, which is decided on the host
 
 
 def free_value(name: str) -> Any:

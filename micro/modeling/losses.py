@@ -49,7 +49,10 @@ def divisor(count: Tensor | int, device: torch.device) -> Tensor:
     """A number of items, given as a number or a tensor of one element, as a scalar to divide by: 1 where there is no
     item, because the sum over none is 0 and the loss has to be as well (model.md 7.1).
     """
-    count = torch.as_tensor(count, device=device).reshape(())
+    if isinstance(count, Tensor):
+        count = count.to(device, non_blocking=True).reshape(())
+    else:
+        count = torch.full((), count, device=device)
     return torch.where(count == 0, torch.ones_like(count), count)
 
 

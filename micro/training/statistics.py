@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,8 @@ class RoutingStatistics:
     @torch.no_grad()
     def add_labels(self, routing_labels: Tensor, mask: Tensor) -> None:
         """Add one micro batch that labels routed, int64 [B,S] with mask [B,S]: the same load in all layers."""
-        chosen = self._resolved(routing_labels)
-        counts = torch.bincount(chosen, mask.reshape(-1).float(), self.experts).expand(self.layers, -1)
+        chosen = F.one_hot(self._resolved(routing_labels), self.experts).float()
+        counts = (chosen * mask.reshape(-1, 1)).sum(0).expand(self.layers, -1)
         self._pairs = _sum(self._pairs, counts)
         self._mean = _sum(self._mean, counts)
         self._entropy = _sum(self._entropy, torch.zeros(self.layers, device=mask.device))
@@ -76,9 +77,8 @@ class RoutingStatistics:
         probs = probs.reshape(layers, -1, experts)
         ids = trace.ids.reshape(layers, -1, trace.ids.shape[-1]).long()
         used = (trace.weights.reshape(ids.shape) > 0).to(probs.dtype) * mask[None, :, None]
-        cell = ids + torch.arange(layers, device=ids.device)[:, None, None] * experts
-        pairs = torch.bincount(cell.reshape(-1), used.reshape(-1), layers * experts).reshape(layers, experts)
-        self._pairs = _sum(self._pairs, pairs)
+        # Not bincount: it reads the largest id on the host.
+        self._pairs = _sum(self._pairs, torch.einsum("ltke,ltk->le", F.one_hot(ids, experts).to(used.dtype), used))
         self._mean = _sum(self._mean, torch.einsum("lte,t->le", probs, mask))
         self._entropy = _sum(self._entropy, (torch.special.entr(probs).sum(-1) * mask).sum(-1))
         self._tokens = _sum(self._tokens, mask.sum())

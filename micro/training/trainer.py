@@ -106,7 +106,7 @@ class MiCRoTrainer(Trainer):
         self.statistics = RoutingStatistics(config.num_hidden_layers, len(names), language)
         self._own_optimizer = False
         self.learning_rate = self._norm = math.nan
-        self.window_tokens = 0
+        self._window_tokens = torch.zeros((), dtype=torch.int64)
         self.loaded_from: Path | None = None
         self._parts: dict[str, Tensor] = {}
         self._routing_items: Tensor | None = None
@@ -167,7 +167,7 @@ class MiCRoTrainer(Trainer):
         self._parts = {}
         masks = [batch["attention_mask"] for batch in samples if "attention_mask" in batch]
         tokens = sum((mask.sum() for mask in masks), torch.zeros((), dtype=torch.int64))
-        self.window_tokens = int(tokens)
+        self._window_tokens = tokens
         self._routing_items = tokens.to(device) if masks else None
         return samples, items
 
@@ -218,6 +218,11 @@ class MiCRoTrainer(Trainer):
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradients, before clipping."""
         return float(self._adamw.grad_norm) if self._own_optimizer else self._norm
+
+    @property
+    def window_tokens(self) -> int:
+        """Real tokens of the last step. Counted on the device that the batches come to, and read here."""
+        return int(self._window_tokens)
 
     @property
     def skipped_steps(self) -> int:
