@@ -17,6 +17,8 @@ template <>
 inline constexpr DType kDTypeOf<double> = DType::kFloat64;
 template <>
 inline constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<Float16> = DType::kFloat16;
 
 using ElementTypes = testing::Types<float, double, BFloat16>;
 
