@@ -5,9 +5,9 @@
 namespace micro_kernels::cuda {
 namespace {
 
-// Warps that keep any device busy. With fewer rows, a row's heads are divided among warps, which then read its angles
-// once each.
-constexpr int64_t kEnoughWarps = 8192;
+// Warps that keep the memory of a large device busy (16 on each of 128 multiprocessors, 2 KB under way for each). With
+// fewer rows, a row's heads are divided among warps, which then read its angles once each.
+constexpr int64_t kEnoughWarps = 2048;
 
 template <int N>
 dim3 rope_grid(const RopeParams& p) {

@@ -1,4 +1,4 @@
-// The gated unit against double, for each instruction set that this CPU has.
+// The gated unit against double, on whichever back end this program was built for.
 
 #include "micro_kernels/swiglu.h"
 
@@ -9,99 +9,98 @@
 #include <random>
 #include <vector>
 
-#include "micro_kernels/isa.h"
-#include "swiglu/swiglu_isa.h"
+#include "backend.h"
+#include "elements.h"
+#include "offset.h"
+#include "rounding.h"
 
 namespace micro_kernels {
 namespace {
 
-struct Backend {
-  const char* name;
-  cpu::Isa isa;
-  const cpu::SwigluLoops& loops;
-};
-
-std::vector<Backend> backends() {
-  std::vector<Backend> all{{"plain", cpu::Isa::kPlain, cpu::kSwigluPlain}};
-#if defined(__x86_64__)
-  if (cpu::isa_choice().best >= cpu::Isa::kAvx2) all.push_back({"avx2", cpu::Isa::kAvx2, cpu::kSwigluAvx2});
-  if (cpu::isa_choice().best >= cpu::Isa::kAvx512) all.push_back({"avx512", cpu::Isa::kAvx512, cpu::kSwigluAvx512});
-#endif
-  return all;
-}
-
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-class SwigluTest : public testing::TestWithParam<std::tuple<Backend, int64_t>> {
- protected:
-  SwigluTest() {
-    std::mt19937 random(7);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < std::get<1>(GetParam()); ++i) {
-      gate_.push_back(normal(random) * (i % 5 == 0 ? 40.0f : 2.0f));
-      up_.push_back(normal(random));
-      grad_.push_back(normal(random));
+// Around vectors, warps and blocks.
+constexpr int64_t kCounts[] = {0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 127, 128, 129, 1000, 4103};
+
+template <class T>
+struct SwigluTest : testing::Test {
+  using Acc = accumulator_t<T>;
+
+  // Gates far out on both sides, where the sigmoid is 0 or 1 to the last bit.
+  struct Problem {
+    std::vector<T> gate, up, grad_y;
+
+    explicit Problem(int64_t count) {
+      std::mt19937 random(7);
+      std::normal_distribution<float> normal;
+      for (int64_t i = 0; i < count; ++i) {
+        gate.push_back(T(static_cast<Acc>(normal(random) * (i % 5 == 0 ? 40.0f : 2.0f))));
+        up.push_back(T(static_cast<Acc>(normal(random))));
+        grad_y.push_back(T(static_cast<Acc>(normal(random))));
+      }
+    }
+  };
+  static double wide(T value) { return static_cast<Acc>(value); }
+
+  // The sigmoid is good to a few units of the accumulator type, and two products follow. Below the normal numbers it
+  // may be anything down to 0, and so may what it is multiplied with.
+  static double error(double factor, double s) {
+    constexpr double kSmall = std::numeric_limits<Acc>::min();
+    return std::abs(factor) * (8 * kRounding<Acc> * s + kSmall) + kSmall;
+  }
+
+  static void forward(int64_t count, int64_t offset) {
+    const Problem problem(count);
+    const OffsetBuffer<T> gate(problem.gate, offset), up(problem.up, offset), y(count, offset);
+    ASSERT_EQ(MICRO_RUN(swiglu, SwigluParams{gate.data(), up.data(), y.data(), count, kDTypeOf<T>}), Status::kOk);
+    const std::vector<T> got = y.read();
+    for (int64_t i = 0; i < count; ++i) {
+      const double factor = wide(problem.gate[i]) * wide(problem.up[i]), s = sigmoid(wide(problem.gate[i]));
+      ASSERT_NEAR(wide(got[i]), factor * s, rounded_bound<T>(factor * s, error(factor, s))) << wide(problem.gate[i]);
     }
   }
-  int64_t count() const { return static_cast<int64_t>(gate_.size()); }
-  const cpu::SwigluLoops& loops_ = std::get<0>(GetParam()).loops;
-  std::vector<float> gate_, up_, grad_;
+
+  static void backward(int64_t count, int64_t offset) {
+    const Problem problem(count);
+    const OffsetBuffer<T> grad_y(problem.grad_y, offset), gate(problem.gate, offset), up(problem.up, offset);
+    const OffsetBuffer<T> grad_gate(count, offset), grad_up(count, offset);
+    ASSERT_EQ(MICRO_RUN(swiglu_backward, SwigluBackwardParams{grad_y.data(), gate.data(), up.data(), grad_gate.data(),
+                                                              grad_up.data(), count, kDTypeOf<T>}),
+              Status::kOk);
+    const std::vector<T> got_gate = grad_gate.read(), got_up = grad_up.read();
+    for (int64_t i = 0; i < count; ++i) {
+      const double g = wide(problem.gate[i]), d = wide(problem.grad_y[i]), s = sigmoid(g);
+      const double to_gate = d * wide(problem.up[i]) * s * (1 + g * (1 - s)), to_up = d * g * s;
+      // 1 - s is as far off as s is, and is multiplied by the gate.
+      const double gate_error = error(d * wide(problem.up[i]) * (1 + std::abs(g)), s);
+      ASSERT_NEAR(wide(got_gate[i]), to_gate, rounded_bound<T>(to_gate, gate_error)) << g;
+      ASSERT_NEAR(wide(got_up[i]), to_up, rounded_bound<T>(to_up, error(d * g, s))) << g;
+    }
+  }
 };
+TYPED_TEST_SUITE(SwigluTest, DeviceElementTypes);
 
-TEST_P(SwigluTest, ForwardEqualsTheDefinition) {
-  std::vector<float> y(gate_.size(), NAN);
-  loops_.float32.forward(gate_.data(), up_.data(), y.data(), count());
-  for (size_t i = 0; i < y.size(); ++i) {
-    const double want = double(gate_[i]) * sigmoid(gate_[i]) * up_[i];
-    EXPECT_NEAR(y[i], want, 1e-6 * std::abs(want) + 1e-30) << gate_[i];
-  }
+TYPED_TEST(SwigluTest, ForwardEqualsTheDefinition) {
+  for (int64_t count : kCounts) TestFixture::forward(count, 0);
+  TestFixture::forward(100, 1);
 }
 
-TEST_P(SwigluTest, BackwardEqualsTheDefinition) {
-  std::vector<float> grad_gate(gate_.size(), NAN), grad_up(gate_.size(), NAN);
-  loops_.float32.backward(grad_.data(), gate_.data(), up_.data(), grad_gate.data(), grad_up.data(), count());
-  for (size_t i = 0; i < gate_.size(); ++i) {
-    const double g = gate_[i], s = sigmoid(g), d = grad_[i];
-    EXPECT_NEAR(grad_gate[i], d * up_[i] * s * (1 + g * (1 - s)), 4e-6 * std::abs(d * up_[i]));
-    EXPECT_NEAR(grad_up[i], d * g * s, 1e-6 * std::abs(d * g));
-  }
+TYPED_TEST(SwigluTest, BackwardEqualsTheDefinition) {
+  for (int64_t count : kCounts) TestFixture::backward(count, 0);
+  TestFixture::backward(100, 1);
 }
-
-TEST_P(SwigluTest, DoubleAndBFloat16AgreeWithFloat) {
-  std::vector<double> gate(gate_.begin(), gate_.end()), up(up_.begin(), up_.end()), y(gate_.size(), NAN);
-  loops_.float64.forward(gate.data(), up.data(), y.data(), count());
-  std::vector<uint16_t> low_gate, low_up, low_y(gate_.size());
-  for (size_t i = 0; i < gate_.size(); ++i) {
-    low_gate.push_back(BFloat16(gate_[i]).bits);
-    low_up.push_back(BFloat16(up_[i]).bits);
-  }
-  loops_.bfloat16.forward(low_gate.data(), low_up.data(), low_y.data(), count());
-  for (size_t i = 0; i < y.size(); ++i) {
-    EXPECT_NEAR(y[i], gate[i] * sigmoid(gate[i]) * up[i], 1e-14 * std::abs(gate[i] * up[i]));
-    const double g = __builtin_bit_cast(float, uint32_t{low_gate[i]} << 16);
-    const double want = g * sigmoid(g) * __builtin_bit_cast(float, uint32_t{low_up[i]} << 16);
-    EXPECT_NEAR(__builtin_bit_cast(float, uint32_t{low_y[i]} << 16), want, 0.0041 * std::abs(want) + 1e-30);
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(Sizes, SwigluTest,
-                         testing::Combine(testing::ValuesIn(backends()), testing::Values(0, 1, 15, 16, 17, 33, 1000)),
-                         [](const auto& info) {
-                           return std::string(std::get<0>(info.param).name) + "_" +
-                                  std::to_string(std::get<1>(info.param));
-                         });
 
 TEST(Swiglu, ExtremesAreFiniteAndNaNShows) {
   const float inf = std::numeric_limits<float>::infinity();
-  const std::vector<float> gate{-1000.0f, 1000.0f, -90.0f, 0.0f, inf, NAN}, up(6, 2.0f);
-  std::vector<float> y(6);
-  ASSERT_EQ(cpu::swiglu({gate.data(), up.data(), y.data(), 6, DType::kFloat32}, serial), Status::kOk);
-  EXPECT_EQ(y[0], 0.0f);
-  EXPECT_EQ(y[1], 2000.0f);
-  EXPECT_NEAR(y[2], 0.0f, 1e-30);
-  EXPECT_EQ(y[3], 0.0f);
-  EXPECT_EQ(y[4], inf);
-  EXPECT_TRUE(std::isnan(y[5]));
+  const Buffer<float> gate({-1000.0f, 1000.0f, -90.0f, 0.0f, inf, NAN}), up(std::vector<float>(6, 2.0f)), y(6);
+  ASSERT_EQ(MICRO_RUN(swiglu, SwigluParams{gate.data(), up.data(), y.data(), 6, DType::kFloat32}), Status::kOk);
+  const std::vector<float> got = y.read();
+  EXPECT_EQ(got[0], 0.0f);
+  EXPECT_EQ(got[1], 2000.0f);
+  EXPECT_NEAR(got[2], 0.0f, 1e-30);
+  EXPECT_EQ(got[3], 0.0f);
+  EXPECT_EQ(got[4], inf);
+  EXPECT_TRUE(std::isnan(got[5]));
 }
 
 }  // namespace

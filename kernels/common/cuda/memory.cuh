@@ -24,8 +24,8 @@ struct alignas(sizeof(T) * N) Vec {
   __device__ const T& operator[](int i) const { return v[i]; }
 };
 
-template <class V>
-using WordOf = typename Word<sizeof(V)>::type;
+template <class T, int N>
+using VecWord = typename Word<static_cast<int>(sizeof(T)) * N>::type;
 
 template <class T>
 __device__ __forceinline__ T load(const T* address) {
@@ -37,11 +37,11 @@ __device__ __forceinline__ void store(T* address, T value) {
 }
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load_vec(const T* address) {
-  return __builtin_bit_cast(Vec<T, N>, *reinterpret_cast<const WordOf<Vec<T, N>>*>(address));
+  return __builtin_bit_cast(Vec<T, N>, *reinterpret_cast<const VecWord<T, N>*>(address));
 }
 template <int N, class T>
 __device__ __forceinline__ void store_vec(T* address, const Vec<T, N>& value) {
-  store_global(address, __builtin_bit_cast(WordOf<Vec<T, N>>, value));
+  store_global(address, __builtin_bit_cast(VecWord<T, N>, value));
 }
 
 // An array in shared memory: a member of the struct that shared_memory<>() returns.
@@ -53,11 +53,11 @@ struct alignas(16) SharedArray {
   __device__ __forceinline__ void store(int i, T value) { data[i] = value; }
   template <int M>
   __device__ __forceinline__ Vec<T, M> load_vec(int i) const {
-    return __builtin_bit_cast(Vec<T, M>, *reinterpret_cast<const WordOf<Vec<T, M>>*>(data + i));
+    return __builtin_bit_cast(Vec<T, M>, *reinterpret_cast<const VecWord<T, M>*>(data + i));
   }
   template <int M>
   __device__ __forceinline__ void store_vec(int i, const Vec<T, M>& value) {
-    store_shared(data + i, __builtin_bit_cast(WordOf<Vec<T, M>>, value));
+    store_shared(data + i, __builtin_bit_cast(VecWord<T, M>, value));
   }
   // For copy_async and load_matrix (arch/): the address of `count` neighbours.
   __device__ __forceinline__ T* at(int i, int) { return data + i; }
