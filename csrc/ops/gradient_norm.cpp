@@ -7,6 +7,7 @@
 
 #include "micro_kernels/gradient_norm.h"
 #include "ops/common.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -45,8 +46,12 @@ Tensor forward(TensorList gradients) {
       .count = static_cast<int64_t>(tensors.size()),
       .norm = norm.mutable_data_ptr<double>(),
   };
-  check(kName, norm.is_cuda() ? micro_kernels::cuda::gradient_norm(params, current_stream(norm))
-                              : micro_kernels::cpu::gradient_norm(params, parallel_for));
+  if (norm.is_cuda()) {
+    const Tensor workspace = device_workspace(norm, micro_kernels::cuda::gradient_norm_workspace(params));
+    check(kName, micro_kernels::cuda::gradient_norm(params, workspace.mutable_data_ptr(), current_stream(norm)));
+  } else {
+    check(kName, micro_kernels::cpu::gradient_norm(params, parallel_for));
+  }
   return norm;
 }
 

@@ -1,5 +1,4 @@
-#include <cmath>
-
+#include "adamw_step/adamw_factors_of.h"
 #include "adamw_step/adamw_step_loop.h"
 #include "common/cpu/blocks.h"
 #include "micro_kernels/adamw_step.h"
@@ -19,23 +18,6 @@ const AdamWLoops& loops_for_this_cpu() {
   return kAdamWPlain;
 }
 
-template <class Acc>
-AdamWFactors<Acc> factors_of(const AdamWStepParams& p) {
-  const double step = static_cast<double>(p.step);
-  const double correction1 = 1 - std::pow(p.beta1, step), correction2 = 1 - std::pow(p.beta2, step);
-  return {
-      .gradient_scale = static_cast<Acc>(p.gradient_scale),
-      .beta1 = static_cast<Acc>(p.beta1),
-      .other1 = static_cast<Acc>(1 - p.beta1),
-      .beta2 = static_cast<Acc>(p.beta2),
-      .other2 = static_cast<Acc>(1 - p.beta2),
-      .decay = static_cast<Acc>(1 - p.learning_rate * p.weight_decay),
-      .step_size = static_cast<Acc>(p.learning_rate / correction1),
-      .inverse_root = static_cast<Acc>(1 / std::sqrt(correction2)),
-      .eps = static_cast<Acc>(p.eps),
-  };
-}
-
 template <class T>
 T* at(void* base, int64_t index) {
   return static_cast<T*>(base) + index;
@@ -50,7 +32,7 @@ struct Step {
   AdamWFactors<float> factors;
   AdamWFactors<double> wide_factors;
 
-  explicit Step(const AdamWStepParams& p) : factors(factors_of<float>(p)), wide_factors(factors_of<double>(p)) {}
+  explicit Step(const AdamWStepParams& p) : factors(adamw_factors<float>(p)), wide_factors(adamw_factors<double>(p)) {}
 
   void operator()(const AdamWTensor& t, int64_t i, int64_t size) const {
     switch (t.dtype) {
@@ -63,6 +45,8 @@ struct Step {
       case DType::kBFloat16:
         return loops.bfloat16(at<uint16_t>(t.gradient, i), at<float>(t.first_moment, i), at<float>(t.second_moment, i),
                               at<float>(t.master, i), at<uint16_t>(t.parameter, i), size, factors);
+      case DType::kFloat16:  // on CUDA only: refused by callers
+        return;
     }
   }
 };

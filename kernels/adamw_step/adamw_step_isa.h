@@ -3,13 +3,9 @@
 
 #include <cstdint>
 
-namespace micro_kernels::cpu {
+#include "adamw_step/adamw_factors.h"
 
-// The scalars of a step, worked out once in double.
-template <class Acc>
-struct AdamWFactors {
-  Acc gradient_scale, beta1, other1, beta2, other2, decay, step_size, inverse_root, eps;
-};
+namespace micro_kernels::cpu {
 
 // All update `size` elements in one pass. bfloat16: `value` is the float32 master, `parameter` its rounding.
 struct AdamWLoops {

@@ -26,6 +26,7 @@ double block_sum(const GradientTensor& tensor, int64_t begin, int64_t size) {
       return sums.float64(static_cast<const double*>(tensor.gradient) + begin, size);
     case DType::kBFloat16:
       return sums.bfloat16(static_cast<const uint16_t*>(tensor.gradient) + begin, size);
+    case DType::kFloat16:  // on CUDA only: refused by callers
     case DType::kFloat32:
       break;
   }

@@ -16,7 +16,7 @@ struct AdamWTensor {
   const void* gradient;  // [size], type of the parameter
   void* first_moment;    // [size], accumulator type
   void* second_moment;   // [size], accumulator type
-  void* master;          // [size] float32: carries the value of a bfloat16 parameter; nullptr otherwise
+  void* master;          // [size] float32: carries the value of a parameter of 16 bits; nullptr otherwise
   int64_t size;
   DType dtype;  // of the parameter
 };

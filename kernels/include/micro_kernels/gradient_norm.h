@@ -26,7 +26,8 @@ Status gradient_norm(const GradientNormParams& params, const ParallelFor& parall
 }  // namespace cpu
 
 namespace cuda {
-Status gradient_norm(const GradientNormParams& params, void* stream);
+int64_t gradient_norm_workspace(const GradientNormParams& params);  // bytes; depends on sizes only
+Status gradient_norm(const GradientNormParams& params, void* workspace, void* stream);
 }  // namespace cuda
 
 }  // namespace micro_kernels
