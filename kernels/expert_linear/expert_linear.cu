@@ -1,0 +1,113 @@
+#include "common/cuda/launch.cuh"
+#include "expert_linear/expert_linear.cuh"
+#include "expert_linear/linear_launch.h"
+
+namespace micro_kernels::cuda {
+namespace {
+
+// Calls body.operator()<T, rows of a tile>().
+template <class Body>
+Status with_tile(DType dtype, bool few_rows, Body&& body) {
+  return dispatch_device(dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 2)
+      if (few_rows) return body.template operator()<T, kFewRows>();
+    return body.template operator()<T, kManyRows<T>>();
+  });
+}
+
+template <class T, int kRows, class Group, class RowTiles, class ColumnTiles>
+Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, int64_t count, void* stream,
+                     const RowTiles& row_tiles, const ColumnTiles& column_tiles) {
+  LinearLaunch<Group> params{};
+  int64_t blocks = 0;
+  params.count = static_cast<int>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t down = row_tiles(groups[i]);
+    params.groups[i] = groups[i];
+    params.first_block[i] = static_cast<unsigned>(blocks);
+    params.row_tiles[i] = static_cast<unsigned>(down);
+    params.fast_left[i] = fast_left<T>(groups[i]);
+    params.fast_right[i] = fast_right<T>(groups[i]);
+    params.fast_result[i] = fast_result<T>(groups[i]);
+    blocks += down * column_tiles(groups[i]);
+  }
+  if (blocks == 0) return Status::kOk;
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLinearThreads), sizeof(LinearShared<T, kRows>),
+                stream, params);
+}
+
+template <class Group>
+bool few_rows(const Group* groups, int64_t count) {
+  bool few = true;
+  for (int64_t i = 0; i < count; ++i)
+    few = few && takes_few_rows(groups[i].rows, groups[i].experts, groups[i].offsets != nullptr);
+  return few;
+}
+
+}  // namespace
+
+Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream) {
+  return with_tile(dtype, few_rows(groups, count), [&]<class T, int kRows>() {
+    return launch_groups<T, kRows>(
+        linear_kernel<T, kRows>, groups, count, stream,
+        [](const LinearGroup& g) { return row_tiles(g.rows, g.experts, g.offsets != nullptr, kRows); },
+        [](const LinearGroup& g) { return pieces(g.out, g.up ? kTileColumns / 2 : kTileColumns); });
+  });
+}
+
+Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream) {
+  return with_tile(dtype, few_rows(groups, count), [&]<class T, int kRows>() {
+    return launch_groups<T, kRows>(
+        linear_grad_x_kernel<T, kRows>, groups, count, stream,
+        [](const LinearGradXGroup& g) {
+          return row_tiles(g.rows, g.sum_experts ? 1 : g.experts, g.offsets != nullptr, kRows);
+        },
+        [](const LinearGradXGroup& g) { return pieces(g.in, kTileColumns); });
+  });
+}
+
+Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream) {
+  return dispatch_device(dtype, [&]<class T>() {
+    constexpr int kRows = kManyRows<T>;
+    return launch_groups<T, kRows>(
+        linear_grad_weight_kernel<T, kRows>, groups, count, stream,
+        [](const LinearGradWeightGroup& g) { return g.experts * pieces(g.out, kRows); },
+        [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns); });
+  });
+}
+
+// ---- the operator --------------------------------------------------------------------------------------------------
+
+Status expert_linear(const ExpertLinearParams& p, void* stream) {
+  LinearGroup group;
+  group.x = {p.x, nullptr, p.in};
+  group.weight = p.weight;
+  group.weight_expert_stride = p.out * p.in;
+  group.y = {p.y, nullptr, p.out};
+  group.offsets = p.offsets;
+  group.rows = p.rows, group.experts = p.experts, group.in = p.in, group.out = p.out;
+  return linear(&group, 1, p.dtype, stream);
+}
+
+Status expert_linear_backward(const ExpertLinearBackwardParams& p, void* stream) {
+  const ConstRows grad_y{p.grad_y, nullptr, p.out};
+  if (p.grad_x) {
+    LinearGradXGroup group;
+    group.sources[0] = {.grad_y = grad_y, .weight = p.weight, .weight_expert_stride = p.out * p.in, .out = p.out};
+    group.grad_x = {p.grad_x, nullptr, p.in};
+    group.offsets = p.offsets;
+    group.rows = p.rows, group.experts = p.experts, group.in = p.in;
+    const Status status = linear_grad_x(&group, 1, p.dtype, stream);
+    if (status != Status::kOk) return status;
+  }
+  if (!p.grad_weight) return Status::kOk;
+  LinearGradWeightGroup group;
+  group.grad_y = grad_y;
+  group.x = {p.x, nullptr, p.in};
+  group.grad_weight = p.grad_weight;
+  group.offsets = p.offsets;
+  group.rows = p.rows, group.experts = p.experts, group.in = p.in, group.out = p.out;
+  return linear_grad_weight(&group, 1, p.dtype, stream);
+}
+
+}  // namespace micro_kernels::cuda

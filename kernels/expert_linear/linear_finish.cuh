@@ -1,0 +1,255 @@
+#pragma once
+// What happens to finished sums: rounded to the element type they go into shared memory, and from there row by row,
+// in chunks of 16 bytes, through what was asked for to where they belong.
+
+#include "expert_linear/linear_products.cuh"
+
+namespace micro_kernels::cuda {
+
+template <class T, int kRows>
+__device__ __forceinline__ int finished_place(int row, int column) {
+  return width_major<T, kTileColumns>(row, column / kChunk<T>) + column % kChunk<T>;
+}
+
+// Ends with a barrier. Begins where a walk has ended.
+template <class T, int kRows, class Product>
+__device__ __forceinline__ void keep_sums(LinearShared<T, kRows>& shared, const Product& product) {
+  if constexpr (sizeof(T) == 2) {
+    product.each_pair([&](int row, int column, float a, float b) {
+      Vec<T, 2> pair;
+      pair[0] = T(a);
+      pair[1] = T(b);
+      shared.cells.template store_vec<2>(finished_place<T, kRows>(row, column), pair);
+    });
+  } else {
+    product.each([&](int row, int column, T sum) { shared.cells.store(finished_place<T, kRows>(row, column), sum); });
+  }
+  __syncthreads();
+}
+
+// A chunk's values in the accumulator type.
+template <class T>
+struct Wide {
+  accumulator_t<T> v[kChunk<T>];
+};
+
+template <class T>
+__device__ __forceinline__ Wide<T> widen(const Vec<T, kChunk<T>>& chunk) {
+  Wide<T> wide;
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i) wide.v[i] = static_cast<accumulator_t<T>>(chunk[i]);
+  return wide;
+}
+template <class T, int kRows>
+__device__ __forceinline__ Wide<T> finished_chunk(const LinearShared<T, kRows>& shared, int row, int chunk) {
+  return widen<T>(shared.cells.template load_vec<kChunk<T>>(width_major<T, kTileColumns>(row, chunk)));
+}
+template <class T>
+__device__ __forceinline__ void round(Wide<T>& wide) {
+  using Acc = accumulator_t<T>;
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i) wide.v[i] = static_cast<Acc>(T(wide.v[i]));
+}
+
+// Elements [0, left) of a chunk; the others are 0.
+template <class T>
+__device__ __forceinline__ Wide<T> load_chunk(const T* from, int64_t left, bool fast) {
+  if (fast) return widen<T>(load_vec<kChunk<T>>(from));
+  Wide<T> wide;
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i) wide.v[i] = i < left ? static_cast<accumulator_t<T>>(load(from + i)) : 0;
+  return wide;
+}
+template <class T>
+__device__ __forceinline__ void store_chunk(T* to, const Wide<T>& wide, int64_t left, bool fast) {
+  if (fast) {
+    Vec<T, kChunk<T>> chunk;
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) chunk[i] = T(wide.v[i]);
+    store_vec<kChunk<T>>(to, chunk);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk<T>; ++i)
+    if (i < left) store(to + i, T(wide.v[i]));
+}
+
+template <class Acc>
+__device__ __forceinline__ Acc sigmoid(Acc x) {
+  const Acc e = exp(x < 0 ? x : -x);
+  return (x < 0 ? e : Acc(1)) / (e + Acc(1));
+}
+
+__device__ __forceinline__ int64_t place_of(const int32_t* index, int64_t row) {
+  return index ? load(index + row) : row;
+}
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const ConstRows& rows, int64_t row) {
+  return static_cast<const T*>(rows.data) + place_of(rows.index, row) * rows.stride;
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+template <class T, int kRows>
+struct LinearFinish {
+  using Acc = accumulator_t<T>;
+  const LinearGroup& group;
+  const RowRange& range;
+  LinearShared<T, kRows>& shared;
+  int64_t column;  // of the tile's first output
+  bool fast;
+
+  // A gated unit's tile holds columns of gate and up in turn (kInterleave), so half as many outputs.
+  template <bool kGated>
+  __device__ void run() const {
+    constexpr int kChunks = kTileColumns / kChunk<T> / (kGated ? 2 : 1);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      if (row < range.count && column + chunk * kChunk<T> < group.out) one<kGated>(row, chunk);
+    }
+  }
+
+  template <bool kGated>
+  __device__ __forceinline__ void one(int row, int chunk) const {
+    const int64_t n = range.first + row, at = column + chunk * kChunk<T>, left = group.out - at;
+    Wide<T> values = kGated ? gated(row, chunk) : finished_chunk(shared, row, chunk);
+    if (range.idle) {
+      values = Wide<T>{};
+    } else {
+      if (group.cos) rotate(values, n, row, chunk);
+      if (group.residual.data) {
+        const Wide<T> residual = load_chunk(row_of<T>(group.residual, n) + at, left, fast);
+        each(values, [&](int i) { return residual.v[i] + values.v[i]; });
+      }
+      if (group.scale.data) {
+        const Acc scale = static_cast<Acc>(load(row_of<T>(group.scale, n)));
+        each(values, [&](int i) { return values.v[i] * scale + Acc(0); });  // + 0: so a sum over experts begins
+      }
+    }
+    put(values, n, at, left);
+  }
+
+  template <class Body>
+  __device__ __forceinline__ static void each(Wide<T>& values, const Body& body) {
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) values.v[i] = body(i);
+    round<T>(values);
+  }
+
+  __device__ __forceinline__ Wide<T> gated(int row, int chunk) const {
+    constexpr int kGroup = kInterleave / kChunk<T>;
+    const int first = chunk / kGroup * 2 * kGroup + chunk % kGroup;
+    Wide<T> values = finished_chunk(shared, row, first);
+    const Wide<T> up = finished_chunk(shared, row, first + kGroup);
+    each(values, [&](int i) { return values.v[i] * sigmoid(values.v[i]) * up.v[i]; });
+    return values;
+  }
+
+  // A head's other half lies in the same tile.
+  __device__ __forceinline__ void rotate(Wide<T>& values, int64_t n, int row, int chunk) const {
+    const int half = static_cast<int>(group.head_dim) / 2;
+    const int inside = chunk * kChunk<T> & (2 * half - 1);
+    const bool low = inside < half;
+    const Wide<T> other = finished_chunk(shared, row, low ? chunk + half / kChunk<T> : chunk - half / kChunk<T>);
+    const int64_t source = place_of(group.x.index, n);
+    const int64_t position = group.position ? load(group.position + source) : source % group.positions;
+    assert(position >= 0 && position < group.positions);
+    const int64_t angle = position * half + (low ? inside : inside - half);
+    const Acc* cos = static_cast<const Acc*>(group.cos) + angle;
+    const Acc* sin = static_cast<const Acc*>(group.sin) + angle;
+    each(values, [&](int i) {
+      const Acc turned = other.v[i] * load(sin + i);
+      return low ? values.v[i] * load(cos + i) - turned : values.v[i] * load(cos + i) + turned;
+    });
+  }
+
+  __device__ __forceinline__ void put(const Wide<T>& values, int64_t n, int64_t at, int64_t left) const {
+    T* y = static_cast<T*>(group.y.data) + range.expert * group.y_expert_stride +
+           place_of(group.y.index, n) * group.y.stride;
+    if (!group.y_head_stride) return store_chunk(y + at, values, left, fast);
+    if (fast) return store_chunk(y + head_place(at), values, left, true);
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i)
+      if (i < left) store(y + head_place(at + i), T(values.v[i]));
+  }
+  __device__ __forceinline__ int64_t head_place(int64_t at) const {
+    const auto width = static_cast<unsigned>(group.head_dim), column = static_cast<unsigned>(at);
+    return int64_t{column / width} * group.y_head_stride + column % width;
+  }
+};
+
+// ---- gradient of x -------------------------------------------------------------------------------------------------
+
+template <class T, int kRows>
+struct LinearGradXFinish {
+  using Acc = accumulator_t<T>;
+  const LinearGradXGroup& group;
+  const RowRange& range;
+  LinearShared<T, kRows>& shared;
+  int64_t column;
+  bool fast;
+
+  __device__ void run() const {
+    constexpr int kChunks = kTileColumns / kChunk<T>;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      if (row < range.count && column + chunk * kChunk<T> < group.in) one(row, chunk);
+    }
+  }
+
+  __device__ __forceinline__ void one(int row, int chunk) const {
+    const int64_t at = column + chunk * kChunk<T>, left = group.in - at;
+    const int64_t place = range.expert * group.grad_x_expert_stride +
+                          place_of(group.grad_x.index, range.first + row) * group.grad_x.stride + at;
+    const Wide<T> grad = range.idle ? Wide<T>{} : finished_chunk(shared, row, chunk);
+    if (!group.gate) return store_chunk(static_cast<T*>(group.grad_x.data) + place, grad, left, fast);
+    const Wide<T> gate = range.idle ? Wide<T>{} : load_chunk(static_cast<const T*>(group.gate) + place, left, fast);
+    const Wide<T> up = range.idle ? Wide<T>{} : load_chunk(static_cast<const T*>(group.up) + place, left, fast);
+    Wide<T> grad_gate, grad_up, activation;
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) {
+      const Acc g = gate.v[i], s = sigmoid(g);
+      grad_gate.v[i] = grad.v[i] * up.v[i] * s * (Acc(1) + g * (Acc(1) - s));
+      grad_up.v[i] = grad.v[i] * (g * s);
+      activation.v[i] = g * s * up.v[i];
+    }
+    store_chunk(static_cast<T*>(group.grad_gate) + place, grad_gate, left, fast);
+    store_chunk(static_cast<T*>(group.grad_up) + place, grad_up, left, fast);
+    if (group.activation) store_chunk(static_cast<T*>(group.activation) + place, activation, left, fast);
+  }
+};
+
+// ---- gradient of the matrices --------------------------------------------------------------------------------------
+
+// Rows of the tile are outputs, columns inputs: one piece of one expert's matrix.
+struct MatrixPiece {
+  int64_t first;  // element of grad_weight where the piece begins
+  int64_t rows, columns, stride;
+};
+
+template <class T, int kRows>
+__device__ inline void store_matrix(const LinearShared<T, kRows>& shared, const MatrixPiece& piece, T* to, bool fast) {
+  constexpr int kChunks = kTileColumns / kChunk<T>;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const int64_t left = piece.columns - chunk * kChunk<T>;
+    if (row >= piece.rows || left <= 0) continue;
+    store_chunk(to + piece.first + row * piece.stride + chunk * kChunk<T>, finished_chunk(shared, row, chunk), left,
+                fast);
+  }
+}
+
+template <class Acc, class Product>
+__device__ __forceinline__ void add_matrix(const Product& product, const MatrixPiece& piece, Acc* to) {
+  product.each([&](int row, int column, Acc sum) {
+    if (row >= piece.rows || column >= piece.columns) return;
+    Acc* at = to + piece.first + row * piece.stride + column;
+    store(at, load(at) + sum);
+  });
+}
+
+}  // namespace micro_kernels::cuda

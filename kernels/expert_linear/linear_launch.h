@@ -1,0 +1,71 @@
+#pragma once
+// Which operands of a group can be moved in chunks of 16 bytes.
+
+#include "expert_linear/linear_layout.h"
+#include "micro_kernels/expert_linear.h"
+
+namespace micro_kernels::cuda {
+
+// Elements: widths, strides, offsets.
+template <class T, class... Sizes>
+bool in_chunks(Sizes... sizes) {
+  return ((sizes % kChunk<T> == 0) && ...);
+}
+
+template <class... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+template <class T>
+bool fast_left(const LinearGroup& g) {
+  return aligned(g.x.data, g.gain) && in_chunks<T>(g.x.stride, g.x_expert_stride, g.in, g.gain_expert_stride);
+}
+template <class T>
+bool fast_right(const LinearGroup& g) {
+  return aligned(g.weight, g.up) && in_chunks<T>(g.in, g.weight_expert_stride);
+}
+template <class T>
+bool fast_result(const LinearGroup& g) {
+  return aligned(g.y.data, g.residual.data) &&
+         in_chunks<T>(g.out, g.y.stride, g.y_expert_stride, g.y_head_stride, g.residual.stride) &&
+         (!g.y_head_stride || in_chunks<T>(g.head_dim));
+}
+
+template <class T>
+bool fast_left(const LinearGradXGroup& g) {
+  bool fast = true;
+  for (int64_t s = 0; s < g.source_count; ++s) {
+    const LinearGradXSource& source = g.sources[s];
+    fast = fast && aligned(source.grad_y.data) &&
+           in_chunks<T>(source.grad_y.stride, source.grad_y_expert_stride, source.out);
+  }
+  return fast;
+}
+template <class T>
+bool fast_right(const LinearGradXGroup& g) {
+  bool fast = in_chunks<T>(g.in);
+  for (int64_t s = 0; s < g.source_count; ++s)
+    fast = fast && aligned(g.sources[s].weight) && in_chunks<T>(g.sources[s].weight_expert_stride);
+  return fast;
+}
+template <class T>
+bool fast_result(const LinearGradXGroup& g) {
+  return aligned(g.grad_x.data, g.gate, g.up, g.grad_gate, g.grad_up, g.activation) &&
+         in_chunks<T>(g.in, g.grad_x.stride, g.grad_x_expert_stride);
+}
+
+template <class T>
+bool fast_left(const LinearGradWeightGroup& g) {
+  return aligned(g.grad_y.data) && in_chunks<T>(g.grad_y.stride, g.grad_y_expert_stride, g.out);
+}
+template <class T>
+bool fast_right(const LinearGradWeightGroup& g) {
+  return aligned(g.x.data) && in_chunks<T>(g.x.stride, g.x_expert_stride, g.in);
+}
+template <class T>
+bool fast_result(const LinearGradWeightGroup& g) {
+  return aligned(g.grad_weight) && in_chunks<T>(g.in);
+}
+
+}  // namespace micro_kernels::cuda

@@ -1,0 +1,63 @@
+#pragma once
+// Tiles of CUDA's grouped product: their sizes, which rows each of them takes, and where their elements lie in shared
+// memory. Plain functions, so that the launchers and the tests can evaluate them on the host.
+//
+// A block computes kRows x 128 outputs; along the reduction it walks in steps of 64 bytes (32 elements of 16 bits).
+// Copies, fragments of ldmatrix and stores all move chunks of 16 bytes; the swizzles below put the chunks that eight
+// lanes touch together into different banks.
+
+#include <cstdint>
+
+#include "micro_kernels/dtype.h"
+
+namespace micro_kernels::cuda {
+
+inline constexpr int kLinearThreads = 128;
+inline constexpr int kTileColumns = 128;
+inline constexpr int kInterleave = 8;  // columns of gate and up that alternate in a block's tile
+
+template <class T>
+inline constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements
+template <class T>
+inline constexpr int kTileSteps = 64 / static_cast<int>(sizeof(T));
+
+// First element of a chunk of a tile [rows, kTileSteps], whose rows run along the reduction: four chunks to a row.
+template <class T>
+MICRO_HOST_DEVICE constexpr int reduction_major(int row, int chunk) {
+  return (row * 4 + (chunk ^ ((row >> 1) & 3))) * kChunk<T>;
+}
+
+// First element of a chunk of a tile [steps, kWidth], whose rows run along the outputs; also of finished tiles.
+template <class T, int kWidth>
+MICRO_HOST_DEVICE constexpr int width_major(int step, int chunk) {
+  static_assert(kWidth / kChunk<T> >= 8);
+  return (step * (kWidth / kChunk<T>)+(chunk ^ (step & 7))) * kChunk<T>;
+}
+
+// ---- which rows a tile takes ---------------------------------------------------------------------------------------
+
+MICRO_HOST_DEVICE constexpr int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
+// Tiles of tile_rows rows that cut `rows` rows into `ranges` ranges, at worst.
+constexpr int64_t worst_row_tiles(int64_t rows, int64_t ranges, int64_t tile_rows) {
+  const int64_t filled = rows < ranges ? rows : ranges;
+  return filled + (rows - filled) / tile_rows;
+}
+
+// Row tiles of a group: with offsets those of the experts and of the idle rows, else those of every expert.
+constexpr int64_t row_tiles(int64_t rows, int64_t experts, bool offsets, int64_t tile_rows) {
+  return offsets ? worst_row_tiles(rows, experts + 1, tile_rows) : experts * pieces(rows, tile_rows);
+}
+
+// Tiles of few rows read a matrix more often; tiles of many compute rows that are not there.
+inline constexpr int64_t kFewRows = 32;
+constexpr bool takes_few_rows(int64_t rows, int64_t experts, bool offsets) {
+  return rows <= 2 * kFewRows * (offsets ? experts : 1);
+}
+
+// Rows of outputs that the tensor cores compute for a range of `rows` rows: a warp leaves out the fragments (16 rows)
+// that lie behind the range.
+inline constexpr int64_t kFragmentRows = 16;
+constexpr int64_t issued_rows(int64_t rows) { return (rows + kFragmentRows - 1) / kFragmentRows * kFragmentRows; }
+
+}  // namespace micro_kernels::cuda

@@ -1,0 +1,215 @@
+#pragma once
+// The sums of a block's tile, and the product of two tiles in shared memory that is added to them. Each sum is one
+// chain over the reduction, ascending, whatever the size of the tile.
+
+#include <cmath>
+#include <type_traits>
+
+#include "common/cuda/arch/mma.cuh"
+#include "common/cuda/warp.cuh"
+#include "expert_linear/linear_tiles.cuh"
+
+namespace micro_kernels::cuda {
+
+// Which way the rows of a tile in shared memory run.
+enum class Along : int8_t { kReduction, kWidth };
+
+// ---- 16 bits: tensor cores -----------------------------------------------------------------------------------------
+
+// Warps side by side: each has a part of the tile, fragments of 16 rows and pairs of 8 columns.
+template <class T, int kRows, Along kLeftAlong, Along kRightAlong>
+class TensorProduct {
+  static constexpr int kWarpsDown = kRows == 128 ? 2 : 1;
+  static constexpr int kWarpsAcross = kLinearThreads / kWarp / kWarpsDown;
+  static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = kTileColumns / kWarpsAcross;
+  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
+  using Tile = LinearTile<T, kRows>;
+
+ public:
+  // Rows and columns of the tile that exist: the rest is left out where that is a whole fragment or warp.
+  __device__ __forceinline__ TensorProduct(int rows, int columns) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    row_ = warp / kWarpsAcross * kWarpRows;
+    column_ = warp % kWarpsAcross * kWarpColumns;
+    const int fragments = (rows - row_ + 15) / 16;
+    active_ = column_ >= columns || fragments < 0 ? 0 : fragments < kDown ? fragments : kDown;
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums_[i][j][k] = 0;
+  }
+
+  template <class Cells>
+  __device__ __forceinline__ void multiply(Cells& cells, int stage) {
+    if (active_ == kDown)
+      add<true>(cells, stage * Tile::kStage);
+    else if (active_ > 0)
+      add<false>(cells, stage * Tile::kStage);
+  }
+
+  // body(row, column, sum, sum of the next column)
+  template <class Body>
+  __device__ __forceinline__ void each_pair(const Body& body) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          body(row_ + i * 16 + half * 8 + lane / 4, column_ + j * 8 + lane % 4 * 2, sums_[i][j][2 * half],
+               sums_[i][j][2 * half + 1]);
+  }
+
+  // body(row, column, sum)
+  template <class Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+    each_pair([&](int row, int column, float a, float b) {
+      body(row, column, a);
+      body(row, column + 1, b);
+    });
+  }
+
+ private:
+  template <bool kAll, class Cells>
+  __device__ __forceinline__ void add(Cells& cells, int base) {
+#pragma unroll
+    for (int k = 0; k < kTileSteps<T>; k += 16) {
+      uint32_t left[kDown][4], right[kAcross / 2][4];
+#pragma unroll
+      for (int i = 0; i < kDown; ++i)
+        if (kAll || i < active_) load_left(left[i], cells, base, row_ + i * 16, k);
+#pragma unroll
+      for (int j = 0; j < kAcross / 2; ++j) load_right(right[j], cells, base + Tile::kLeft, column_ + j * 16, k);
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+        if (!kAll && i >= active_) continue;
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j)
+          mma_16816<T>(sums_[i][j], left[i], {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]});
+      }
+    }
+  }
+
+  // The four 8x8 matrices of a fragment: rows, rows + 8, then the same of the next 8 steps.
+  template <class Cells>
+  static __device__ __forceinline__ void load_left(uint32_t (&r)[4], Cells& cells, int base, int row, int step) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, matrix = lane / 8;
+    if constexpr (kLeftAlong == Along::kReduction) {
+      const int from = reduction_major<T>(row + lane % 8 + matrix % 2 * 8, step / 8 + matrix / 2);
+      load_matrix_x4(r, cells.at(base + from, 8));
+    } else {
+      const int from = width_major<T, kRows>(step + lane % 8 + matrix / 2 * 8, row / 8 + matrix % 2);
+      load_matrix_x4_transposed(r, cells.at(base + from, 8));
+    }
+  }
+
+  // Of 16 columns: steps, steps + 8, then the same of the next 8 columns.
+  template <class Cells>
+  static __device__ __forceinline__ void load_right(uint32_t (&r)[4], Cells& cells, int base, int column, int step) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp, matrix = lane / 8;
+    if constexpr (kRightAlong == Along::kReduction) {
+      const int from = reduction_major<T>(column + lane % 8 + matrix / 2 * 8, step / 8 + matrix % 2);
+      load_matrix_x4(r, cells.at(base + from, 8));
+    } else {
+      const int from = width_major<T, kTileColumns>(step + lane % 8 + matrix % 2 * 8, column / 8 + matrix / 2);
+      load_matrix_x4_transposed(r, cells.at(base + from, 8));
+    }
+  }
+
+  float sums_[kDown][kAcross][4];
+  int row_, column_;  // of the warp's part
+  int active_;        // fragments of rows that exist
+};
+
+// ---- wider elements: FMA -------------------------------------------------------------------------------------------
+
+// Threads in 8 rows of 16, each with kDown x 8 sums. Which rows and columns these are follows from how the tiles lie:
+// along the reduction a thread reads chunks of steps, along the width chunks of neighbours.
+template <class T, int kRows, Along kLeftAlong, Along kRightAlong>
+class ThreadProduct {
+  static constexpr int kThreadsDown = 8, kThreadsAcross = kLinearThreads / kThreadsDown;
+  static constexpr int kDown = kRows / kThreadsDown, kAcross = kTileColumns / kThreadsAcross;
+  static constexpr int kVector = kChunk<T>;
+  using Tile = LinearTile<T, kRows>;
+
+ public:
+  __device__ __forceinline__ ThreadProduct(int, int) {
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) sums_[i][j] = 0;
+  }
+
+  template <class Cells>
+  __device__ __forceinline__ void multiply(Cells& cells, int stage) {
+    const int base = stage * Tile::kStage;
+#pragma unroll
+    for (int k = 0; k < kTileSteps<T>; k += kVector) {
+      T left[kDown][kVector], right[kAcross][kVector];  // [.][step]
+      read<kRows, kLeftAlong, kThreadsDown, kDown>(left, cells, base, down(), k);
+      read<kTileColumns, kRightAlong, kThreadsAcross, kAcross>(right, cells, base + Tile::kLeft, across(), k);
+#pragma unroll
+      for (int step = 0; step < kVector; ++step)
+#pragma unroll
+        for (int i = 0; i < kDown; ++i)
+#pragma unroll
+          for (int j = 0; j < kAcross; ++j) sums_[i][j] = fma(left[i][step], right[j][step], sums_[i][j]);
+    }
+  }
+
+  // body(row, column, sum)
+  template <class Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+        body(place<kLeftAlong, kThreadsDown>(down(), i), place<kRightAlong, kThreadsAcross>(across(), j), sums_[i][j]);
+  }
+
+ private:
+  __device__ static int down() { return static_cast<int>(threadIdx.x) / kThreadsAcross; }
+  __device__ static int across() { return static_cast<int>(threadIdx.x) % kThreadsAcross; }
+
+  // Row or column number i of a thread.
+  template <Along kAlong, int kThreads>
+  static __device__ __forceinline__ int place(int thread, int i) {
+    if (kAlong == Along::kReduction) return thread + i * kThreads;
+    return (thread + i / kVector * kThreads) * kVector + i % kVector;
+  }
+
+  template <int kWidth, Along kAlong, int kThreads, int kCount, class Cells>
+  static __device__ __forceinline__ void read(T (&values)[kCount][kVector], Cells& cells, int base, int thread,
+                                              int step) {
+    if constexpr (kAlong == Along::kReduction) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int from = reduction_major<T>(thread + i * kThreads, step / kVector);
+        const Vec<T, kVector> chunk = cells.template load_vec<kVector>(base + from);
+#pragma unroll
+        for (int s = 0; s < kVector; ++s) values[i][s] = chunk[s];
+      }
+    } else {
+#pragma unroll
+      for (int s = 0; s < kVector; ++s)
+#pragma unroll
+        for (int i = 0; i < kCount; i += kVector) {
+          const int from = width_major<T, kWidth>(step + s, thread + i / kVector * kThreads);
+          const Vec<T, kVector> chunk = cells.template load_vec<kVector>(base + from);
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) values[i + v][s] = chunk[v];
+        }
+    }
+  }
+
+  T sums_[kDown][kAcross];
+};
+
+template <class T, int kRows, Along kLeftAlong, Along kRightAlong>
+using LinearProduct = std::conditional_t<sizeof(T) == 2, TensorProduct<T, kRows, kLeftAlong, kRightAlong>,
+                                         ThreadProduct<T, kRows, kLeftAlong, kRightAlong>>;
+
+}  // namespace micro_kernels::cuda
