@@ -21,8 +21,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names, so that its s
 class AdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, one pass over the memory of each parameter.
 
-    bfloat16 parameters keep a float32 master in the state: the master learns, the parameter is its rounding. Masters
-    are made from the parameters at their first step, so load weights before it. Frozen parameters have no state.
+    bfloat16 (on CUDA also float16) parameters keep a float32 master in the state: the master learns, the parameter is
+    its rounding. Masters are made from the parameters at their first step, so load weights before it. Frozen parameters
+    have no state.
 
     The global norm of all gradients is taken before the step, in float64. A norm that is not finite skips the step: no
     parameter, moment or step count changes, ``skipped_steps`` counts it, and the tenth in a row raises.
@@ -42,7 +43,7 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: a number lies outside its range.
-        TypeError: a parameter is neither float32, float64 nor bfloat16, or a gradient is sparse.
+        TypeError: a parameter is neither float32, float64 nor bfloat16 (on CUDA float16), or a gradient is sparse.
         FloatingPointError: ten steps in a row had a gradient norm that was not finite.
 
     Source: Loshchilov and Hutter (2019), algorithm 2.
@@ -148,7 +149,7 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = 0
             for name in _MOMENTS:
                 state[name] = torch.zeros_like(p, dtype=_moment_dtype(p))
-            if p.dtype == torch.bfloat16:
+            if _needs_master(p):
                 state["master"] = p.detach().float()
         return state
 
@@ -179,11 +180,15 @@ def _moment_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def _needs_master(p: Tensor) -> bool:
+    return p.dtype in (torch.bfloat16, torch.float16)
+
+
 def _restored(saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
     state: dict[str, Any] = {"step": int(saved["step"])}
     for name in _MOMENTS:
         state[name] = torch.empty_like(p, dtype=_moment_dtype(p), requires_grad=False).copy_(saved[name])
-    if p.dtype == torch.bfloat16:
+    if _needs_master(p):
         master = saved.get("master", p.detach())
         state["master"] = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(master)
     return state

@@ -49,10 +49,10 @@ void check_parameter(size_t index, const Tensor& parameter, const Tensor& first,
   kernel_dtype(kName, parameter);
   TORCH_CHECK_VALUE(parameter.is_non_overlapping_and_dense(), kName, ": parameters[", index,
                     "] must be dense, got strides ", parameter.strides(), " for ", parameter.sizes());
+  const bool narrow = parameter.element_size() < 4;
   TORCH_CHECK_TYPE(
-      (parameter.scalar_type() == at::kBFloat16) == has_masters, kName, ": parameters[", index, "] is ",
-      parameter.scalar_type(),
-      has_masters ? ": masters belong to bfloat16 parameters only" : ": bfloat16 parameters need float32 masters");
+      narrow == has_masters, kName, ": parameters[", index, "] is ", parameter.scalar_type(),
+      has_masters ? ": masters belong to parameters of 16 bits only" : ": parameters of 16 bits need float32 masters");
   TORCH_CHECK_VALUE(first.device().type() == parameter.device().type(), kName, ": first_moments[", index, "] is on ",
                     first.device(), " but the parameter is on ", parameter.device());
   TORCH_CHECK(!(at::GradMode::is_enabled() && parameter.requires_grad()), kName, ": parameters[", index,

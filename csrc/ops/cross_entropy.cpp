@@ -1,14 +1,17 @@
 #include "micro/cross_entropy.h"
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/nonzero.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -17,6 +20,7 @@
 #include <array>
 #include <tuple>
 
+#include "micro/plan.h"
 #include "micro_kernels/cross_entropy.h"
 #include "ops/linear.h"
 
@@ -45,6 +49,39 @@ void check_arguments(const Tensor& hidden, const Tensor& weight, const Tensor& t
 
 // ---- forward: loss and the gradients that are wanted, for an upstream gradient of 1 --------------------------------
 
+// A gradient that is not wanted is a tensor without elements: traced graphs know no undefined tensors.
+std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& hidden, const Tensor& weight, std::array<bool, 2> wanted) {
+  const auto wide = hidden.options().dtype(accumulator_dtype(hidden));
+  return {at::zeros({}, wide),
+          wanted[0] ? at::zeros_symint(hidden.sym_sizes(), hidden.options()) : at::empty({0}, wide),
+          wanted[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, wide)};
+}
+
+// What both devices do alike: sizes of a chunk, and where the sum over chunks of grad_weight is kept.
+struct Chunks {
+  int64_t rows, vocabulary, size;
+  Tensor logits;         // [size, V], of one chunk after the other
+  Tensor weight_sum;     // undefined: grad_weight is not wanted
+  bool several = false;  // then they are added in the accumulator type: their number costs bfloat16 no precision
+
+  Chunks(int64_t rows_, const Tensor& hidden, const Tensor& weight, const Tensor& loss, const Tensor& grad_weight,
+         bool wanted)
+      : rows(rows_), vocabulary(weight.size(0)) {
+    const int64_t row_bytes = std::max<int64_t>(1, vocabulary * static_cast<int64_t>(hidden.element_size()));
+    size = std::min(rows, std::max<int64_t>(1, kLogitBytes / row_bytes));
+    logits = at::empty({size, vocabulary}, hidden.options());
+    several = rows > size;
+    if (wanted) weight_sum = several ? at::zeros(weight.sizes(), loss.options()) : grad_weight;
+    if (wanted && rows == 0) grad_weight.zero_();
+  }
+
+  void finish(const Tensor& grad_weight) const {
+    if (weight_sum.defined() && several) grad_weight.copy_(weight_sum);
+  }
+};
+
+// ---- on the CPU: the rows with a target are chosen first, and nothing else is touched -------------------------------
+
 // Losses of a chunk's rows; the logits are replaced by their gradient if that is wanted.
 Tensor chunk_losses(const Tensor& logits, const Tensor& targets, bool write_gradient) {
   const Tensor losses = at::empty({logits.size(0)}, logits.options().dtype(accumulator_dtype(logits)));
@@ -57,75 +94,125 @@ Tensor chunk_losses(const Tensor& logits, const Tensor& targets, bool write_grad
       .write_gradient = write_gradient,
       .dtype = kernel_dtype(kName, logits),
   };
-  const auto status = logits.is_cuda() ? micro_kernels::cuda::cross_entropy(params, current_stream(logits))
-                                       : micro_kernels::cpu::cross_entropy(params, parallel_for);
+  const auto status = micro_kernels::cpu::cross_entropy(params, parallel_for);
   TORCH_CHECK_VALUE(status != micro_kernels::Status::kIndexOutOfRange, kName, ": a target lies outside [0, ",
                     logits.size(1), ") and is not ignore_index");
   check(kName, status);
   return losses;
 }
 
-void logits_of(const Tensor& hidden, const Tensor& weight, Tensor logits) {
-  if (hidden.is_cuda()) {
-    at::mm_out(logits, hidden, weight.t());
-    return;
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets,
+                                               int64_t ignore_index, std::array<bool, 2> wanted) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous();
+  auto [loss, grad_hidden, grad_weight] = allocate(hidden, weight, wanted);
+  const Tensor rows = at::nonzero(at::ne(targets, ignore_index)).squeeze(1);
+  const Chunks chunks(rows.numel(), hidden, weight, loss, grad_weight, wanted[1]);
+  Tensor total = at::zeros({}, loss.options().dtype(at::kDouble));
+  for (int64_t begin = 0; begin < chunks.rows; begin += chunks.size) {
+    const Tensor chosen = rows.narrow(0, begin, std::min(chunks.size, chunks.rows - begin));
+    const Tensor chosen_hidden = hidden.index_select(0, chosen);
+    const Tensor logits = chunks.logits.narrow(0, 0, chosen.numel());
+    LinearBatch forward(kName, hidden);
+    forward.product(chosen_hidden, weight, logits);
+    forward.run();
+    total += chunk_losses(logits, targets.index_select(0, chosen), wanted[0] || wanted[1]).sum(at::kDouble);
+    const Tensor rows_gradient = wanted[0] ? at::empty_like(chosen_hidden) : Tensor();
+    LinearBatch backward(kName, hidden);
+    if (wanted[0]) backward.grad_x({{logits, weight}}, rows_gradient);
+    if (wanted[1]) backward.grad_weight(logits, chosen_hidden, chunks.weight_sum, chunks.several);
+    backward.run();
+    if (wanted[0]) grad_hidden.index_copy_(0, chosen, rows_gradient);
   }
-  LinearBatch batch(kName, hidden);
-  batch.product(hidden, weight, logits);
-  batch.run();
+  chunks.finish(grad_weight);
+  loss.copy_(total);
+  return {loss, grad_hidden, grad_weight};
 }
 
-// Gradients of a chunk's rows of hidden, and the chunk's part of grad_weight: all of it, or added to it.
-void chunk_gradients(const Tensor& grad_logits, const Tensor& hidden, const Tensor& weight, Tensor grad_hidden,
-                     Tensor grad_weight, bool accumulate) {
-  if (hidden.is_cuda()) {
-    if (grad_hidden.defined()) at::mm_out(grad_hidden, grad_logits, weight);
-    if (grad_weight.defined() && accumulate) grad_weight.add_(at::mm(grad_logits.t(), hidden));
-    if (grad_weight.defined() && !accumulate) at::mm_out(grad_weight, grad_logits.t(), hidden);
-    return;
+// ---- on CUDA: the same rows, counted and read through an index on the device, so that nobody waits for it -----------
+
+// The tokens with a target stand first in `tokens`. `bounds` has a row {0, number of rows that are there} per chunk.
+struct Kept {
+  Tensor tokens, bounds, targets;
+
+  Kept(const Tensor& all, int64_t ignore_index, const Chunks& chunks) {
+    const Tensor keep = at::ne(all, ignore_index),
+                 one_expert = at::zeros({all.size(0), 1}, all.options().dtype(at::kInt));
+    const Plan sorted = plan(one_expert, 1, std::nullopt, keep);
+    tokens = sorted.tokens;
+    targets = all.index_select(0, tokens);
+    const int64_t count = (chunks.rows + chunks.size - 1) / chunks.size;
+    const Tensor begins = at::arange(count, tokens.options()) * chunks.size;
+    const Tensor there = at::clamp(sorted.offsets[1] - begins, 0, chunks.size);
+    bounds = at::stack({at::zeros_like(there), there}, 1);
   }
-  LinearBatch batch(kName, hidden);
-  if (grad_hidden.defined()) batch.grad_x({{grad_logits, weight}}, grad_hidden);
-  if (grad_weight.defined()) batch.grad_weight(grad_logits, hidden, grad_weight, accumulate);
-  batch.run();
+};
+
+void chunk_losses_cuda(const Tensor& logits, const int64_t* targets, const int32_t* count, const Tensor& losses,
+                       bool write_gradient) {
+  const micro_kernels::CrossEntropyParams params{
+      .logits = logits.mutable_data_ptr(),
+      .targets = targets,
+      .losses = losses.mutable_data_ptr(),
+      .rows = logits.size(0),
+      .vocabulary = logits.size(1),
+      .write_gradient = write_gradient,
+      .dtype = kernel_dtype(kName, logits),
+      .count = count,
+  };
+  check(kName, micro_kernels::cuda::cross_entropy(params, current_stream(logits)));
 }
 
-// A gradient that is not wanted is a tensor without elements: traced graphs know no undefined tensors.
-std::tuple<Tensor, Tensor, Tensor> allocate(const Tensor& hidden, const Tensor& weight, std::array<bool, 2> wanted) {
-  const auto wide = hidden.options().dtype(accumulator_dtype(hidden));
-  return {at::zeros({}, wide),
-          wanted[0] ? at::zeros_symint(hidden.sym_sizes(), hidden.options()) : at::empty({0}, wide),
-          wanted[1] ? at::empty_symint(weight.sym_sizes(), weight.options()) : at::empty({0}, wide)};
+void chunk_gradients_cuda(const Tensor& grad_logits, const Tensor& hidden, const Tensor& weight, const int32_t* tokens,
+                          const int32_t* offsets, const Tensor& grad_hidden, const Chunks& chunks) {
+  const auto dtype = kernel_dtype(kName, hidden);
+  const micro_kernels::ConstRows grad_y{grad_logits.const_data_ptr(), nullptr, chunks.vocabulary};
+  const int64_t rows = grad_logits.size(0), width = hidden.size(1);
+  if (grad_hidden.numel()) {
+    micro_kernels::cuda::LinearGradXGroup group;
+    group.sources[0] = {.grad_y = grad_y, .weight = weight.const_data_ptr(), .out = chunks.vocabulary};
+    group.grad_x = {grad_hidden.mutable_data_ptr(), tokens, width};
+    group.offsets = offsets, group.rows = rows, group.in = width;
+    check(kName, micro_kernels::cuda::linear_grad_x(&group, 1, dtype, current_stream(hidden)));
+  }
+  if (chunks.weight_sum.defined()) {
+    micro_kernels::cuda::LinearGradWeightGroup group;
+    group.grad_y = grad_y;
+    group.x = {hidden.const_data_ptr(), tokens, width};
+    group.grad_weight = chunks.weight_sum.mutable_data_ptr();
+    group.offsets = offsets, group.rows = rows, group.in = width, group.out = chunks.vocabulary;
+    group.accumulate = chunks.several;
+    check(kName, micro_kernels::cuda::linear_grad_weight(&group, 1, dtype, current_stream(hidden)));
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets,
-                                           int64_t ignore_index, std::array<bool, 2> wanted) {
+std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& hidden_, const Tensor& weight_, const Tensor& targets,
+                                                int64_t ignore_index, std::array<bool, 2> wanted) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::DeviceGuard device(hidden_.device());
   const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous();
-  const int64_t vocabulary = weight.size(0);
   auto [loss, grad_hidden, grad_weight] = allocate(hidden, weight, wanted);
-  const Tensor rows = at::nonzero(at::ne(targets, ignore_index)).squeeze(1);
-  const int64_t row_bytes = std::max<int64_t>(1, vocabulary * static_cast<int64_t>(hidden.element_size()));
-  const int64_t chunk = std::max<int64_t>(1, kLogitBytes / row_bytes);
-  const Tensor buffer = at::empty({std::min(chunk, rows.numel()), vocabulary}, hidden.options());
-  Tensor total = at::zeros({}, loss.options().dtype(at::kDouble));
-  // Several chunks are added in the accumulator type, so that their number costs bfloat16 no precision.
-  const bool several = rows.numel() > chunk;
-  const Tensor sum = wanted[1] && several ? at::zeros(weight.sizes(), loss.options()) : grad_weight;
-  if (wanted[1] && rows.numel() == 0) grad_weight.zero_();
-  for (int64_t begin = 0; begin < rows.numel(); begin += chunk) {
-    const Tensor chosen = rows.narrow(0, begin, std::min(chunk, rows.numel() - begin));
-    const Tensor chosen_hidden = hidden.index_select(0, chosen);
-    Tensor logits = buffer.narrow(0, 0, chosen.numel());
-    logits_of(chosen_hidden, weight, logits);
-    total += chunk_losses(logits, targets.index_select(0, chosen), wanted[0] || wanted[1]).sum(at::kDouble);
-    const Tensor rows_gradient = wanted[0] ? at::empty_like(chosen_hidden) : Tensor();
-    chunk_gradients(logits, chosen_hidden, weight, rows_gradient, wanted[1] ? sum : Tensor(), several);
-    if (wanted[0]) grad_hidden.index_copy_(0, chosen, rows_gradient);
+  const Chunks chunks(hidden.size(0), hidden, weight, loss, grad_weight, wanted[1]);
+  if (chunks.rows == 0) return {loss, grad_hidden, grad_weight};
+  const Kept kept(targets, ignore_index, chunks);
+  const Tensor losses = at::empty({chunks.rows}, loss.options());
+  for (int64_t begin = 0, i = 0; begin < chunks.rows; begin += chunks.size, ++i) {
+    const int64_t rows = std::min(chunks.size, chunks.rows - begin);
+    const int32_t* const tokens = kept.tokens.const_data_ptr<int32_t>() + begin;
+    const int32_t* const offsets = kept.bounds.const_data_ptr<int32_t>() + 2 * i;
+    const Tensor logits = chunks.logits.narrow(0, 0, rows);
+    micro_kernels::cuda::LinearGroup group;
+    group.x = {hidden.const_data_ptr(), tokens, hidden.size(1)};
+    group.weight = weight.const_data_ptr();
+    group.y = {logits.mutable_data_ptr(), nullptr, chunks.vocabulary};
+    group.offsets = offsets, group.rows = rows, group.in = hidden.size(1), group.out = chunks.vocabulary;
+    check(kName, micro_kernels::cuda::linear(&group, 1, kernel_dtype(kName, hidden), current_stream(hidden)));
+    chunk_losses_cuda(logits, kept.targets.const_data_ptr<int64_t>() + begin, offsets + 1,
+                      losses.narrow(0, begin, rows), wanted[0] || wanted[1]);
+    chunk_gradients_cuda(logits, hidden, weight, tokens, offsets, grad_hidden, chunks);
   }
-  if (wanted[1] && several) grad_weight.copy_(sum);
-  loss.copy_(total);
+  chunks.finish(grad_weight);
+  loss.copy_(losses.sum(at::kDouble));
   return {loss, grad_hidden, grad_weight};
 }
 
@@ -137,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& hidden, const Tens
 // ---- autograd ------------------------------------------------------------------------------------------------------
 
 auto call_forward() {
-  static const auto call = op<decltype(forward)>("micro::cross_entropy_forward");
+  static const auto call = op<decltype(forward_meta)>("micro::cross_entropy_forward");
   return call;
 }
 
@@ -212,8 +299,8 @@ TORCH_LIBRARY_IMPL(micro, CompositeExplicitAutograd, m) { m.impl("cross_entropy"
 TORCH_LIBRARY_IMPL(micro, Autograd, m) { m.impl("cross_entropy", cross_entropy_autograd); }
 TORCH_LIBRARY_IMPL(micro, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(micro, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
-TORCH_LIBRARY_IMPL(micro, CPU, m) { m.impl("cross_entropy_forward", forward); }
-TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("cross_entropy_forward", forward); }
+TORCH_LIBRARY_IMPL(micro, CPU, m) { m.impl("cross_entropy_forward", forward_cpu); }
+TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("cross_entropy_forward", forward_cuda); }
 TORCH_LIBRARY_IMPL(micro, Meta, m) { m.impl("cross_entropy_forward", forward_meta); }
 
 }  // namespace micro

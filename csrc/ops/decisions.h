@@ -9,8 +9,8 @@ namespace micro {
 inline void check_decisions(const char* function, const char* argument, const at::Tensor& rows, bool wide_only) {
   TORCH_CHECK_VALUE(rows.dim() == 3, function, ": ", argument, " must be [L, T, E], got ", rows.sym_sizes());
   const at::ScalarType type = rows.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || (!wide_only && type == at::kBFloat16), function, ": ",
-                   argument, wide_only ? " must be float32 or float64" : " must be float32, float64 or bfloat16",
+  const bool fits = wide_only ? type == at::kFloat || type == at::kDouble : try_kernel_dtype(rows).has_value();
+  TORCH_CHECK_TYPE(fits, function, ": ", argument, " must be ", wide_only ? "float32 or float64" : kKernelTypes,
                    ", got ", type);
 }
 

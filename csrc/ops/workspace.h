@@ -29,13 +29,14 @@ inline void prefer_large_pages(void* memory, size_t bytes) {
 #endif
 }
 
-// Working memory of a CUDA launch, beside `tensor`: torch's allocator hands it on only to later work of the same stream.
-// Kept alive by the caller until the launch has been made.
+// Working memory of a CUDA launch, beside `tensor`: torch's allocator hands it on only to later work of the same
+// stream. Kept alive by the caller until the launch has been made.
 inline at::Tensor device_workspace(const at::Tensor& tensor, int64_t bytes) {
   return at::empty({bytes}, tensor.options().dtype(at::kByte));
 }
 
-// Working memory of one call on the CPU. The next layer, or a decoded token, comes back for as much, so some is kept per thread.
+// Working memory of one call on the CPU. The next layer, or a decoded token, comes back for as much, so some is kept
+// per thread.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) {

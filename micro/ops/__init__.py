@@ -1,6 +1,10 @@
 """The operators of the core as Python functions.
 
 Thin on purpose: checks, dispatch and autograd live in C++ (csrc/ops).
+
+The tensors of a call lie on one device, the CPU or CUDA. Where bfloat16 is taken, CUDA takes float16 as well. On CUDA
+nobody waits: values that the CPU refuses with ``ValueError`` (an expert, token or target outside its range) stop a CUDA
+kernel with a device-side assertion, which torch reports at a later call; ``CUDA_LAUNCH_BLOCKING=1`` finds the one.
 """
 
 from __future__ import annotations

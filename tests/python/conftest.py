@@ -5,8 +5,11 @@ import random
 import socket
 
 import numpy as np
+import pretend_cuda
 import pytest
 import torch
+
+HAS_CUDA = pretend_cuda.install() or torch.cuda.is_available()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,9 +32,15 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", _local_only)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test computes."""
+    return torch.device(request.param)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``-m gpu`` tests are skipped where there is no device; MICRO_REQUIRE_CUDA=1 lets them run and fail instead."""
-    if torch.cuda.is_available() or os.environ.get("MICRO_REQUIRE_CUDA") == "1":
+    if HAS_CUDA or os.environ.get("MICRO_REQUIRE_CUDA") == "1":
         return
     skip = pytest.mark.skip(reason="no CUDA device (MICRO_REQUIRE_CUDA=1 turns this into a failure)")
     for item in items:

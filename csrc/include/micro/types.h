@@ -1,5 +1,9 @@
 #pragma once
 // The two records that pass between the operators of a layer. T tokens, K experts per token, E experts, N = T * K.
+//
+// Of all operators: the tensors of a call lie on one device, the CPU or CUDA. Where bfloat16 is taken, CUDA takes
+// float16 as well. CUDA calls are queued on torch's current stream and wait for nothing: an index outside its range, on
+// the CPU a ValueError, stops a CUDA kernel with a device-side assertion, which torch reports at a later call.
 
 #include <ATen/core/Tensor.h>
 

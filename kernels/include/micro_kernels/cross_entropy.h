@@ -19,6 +19,9 @@ struct CrossEntropyParams {
   int64_t vocabulary;
   bool write_gradient;
   DType dtype;  // of logits
+  // CUDA only, on the device, or nullptr: only the first *count rows are there; of the others the loss is 0, target and
+  // logits are not touched.
+  const int32_t* count = nullptr;
 };
 
 // A target outside [0, vocabulary) is kIndexOutOfRange on the CPU and a device assertion on CUDA.
