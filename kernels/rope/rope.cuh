@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(kRowThreads, 3) rope_kernel(RopeParams p) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const RopeLanes lanes = rope_lanes<N>(half);
   if (row >= p.rows || lane >= lanes.columns * lanes.heads) return;
-  const int64_t position = p.tokens ? load(p.tokens + row) : row % p.positions;
+  // Rows number less than 2^32: a division of 64 bits is a call.
+  const int64_t position =
+      p.tokens ? load(p.tokens + row) : static_cast<uint32_t>(row) % static_cast<uint32_t>(p.positions);
   assert(position >= 0 && position < p.positions);
 
   const int64_t row_at = row * p.heads * p.head_dim;

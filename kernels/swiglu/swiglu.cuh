@@ -1,5 +1,6 @@
 #pragma once
-// Device code of the gated unit: vectors side by side, and the elements after the last whole vector one by one.
+// Device code of the gated unit: vectors side by side, and the elements after the last whole vector one by
+// one.
 
 #include "common/cuda/memory.cuh"
 #include "common/cuda/rows.cuh"
@@ -39,6 +40,13 @@ __device__ __forceinline__ int64_t swiglu_first(int i) {
   return ((int64_t{blockIdx.x} * kSwigluVectors + i) * kSwigluThreads + threadIdx.x) * N;
 }
 
+// The element after the last whole vector that is the thread's, or `count`: the first block's first threads take them.
+template <int N>
+__device__ __forceinline__ int64_t swiglu_rest(int64_t count) {
+  const int64_t at = count / N * N + threadIdx.x;
+  return N > 1 && blockIdx.x == 0 && at < count ? at : count;
+}
+
 template <class T, int N>
 __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluParams p) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
@@ -52,16 +60,14 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluParams p) 
   }
 #pragma unroll
   for (int i = 0; i < kSwigluVectors; ++i) {
-    const int64_t first = swiglu_first<N>(i);
-    if (first + N <= p.count) {
-      Vec<T, N> values;
+    if (swiglu_first<N>(i) + N > p.count) continue;
+    Vec<T, N> values;
 #pragma unroll
-      for (int j = 0; j < N; ++j) values[j] = swiglu_element(g[i][j], u[i][j]);
-      store_vec<N>(y + first, values);
-    } else {
-      for (int64_t at = first; at < p.count; ++at) store(y + at, swiglu_element(load(gate + at), load(up + at)));
-    }
+    for (int j = 0; j < N; ++j) values[j] = swiglu_element(g[i][j], u[i][j]);
+    store_vec<N>(y + swiglu_first<N>(i), values);
   }
+  if (const int64_t at = swiglu_rest<N>(p.count); at < p.count)
+    store(y + at, swiglu_element(load(gate + at), load(up + at)));
 }
 
 template <class T, int N>
@@ -69,7 +75,7 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_backward_kernel(SwigluB
   const T *grad_y = static_cast<const T*>(p.grad_y), *gate = static_cast<const T*>(p.gate);
   const T* up = static_cast<const T*>(p.up);
   T *grad_gate = static_cast<T*>(p.grad_gate), *grad_up = static_cast<T*>(p.grad_up);
-  Vec<T, N> d[kSwigluVectors], g[kSwigluVectors], u[kSwigluVectors];
+  Vec<T, N> d[kSwigluVectors]{}, g[kSwigluVectors]{}, u[kSwigluVectors]{};
 #pragma unroll
   for (int i = 0; i < kSwigluVectors; ++i) {
     if (swiglu_first<N>(i) + N > p.count) continue;
@@ -79,21 +85,18 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_backward_kernel(SwigluB
   }
 #pragma unroll
   for (int i = 0; i < kSwigluVectors; ++i) {
-    const int64_t first = swiglu_first<N>(i);
-    if (first + N <= p.count) {
-      Vec<T, N> to_gate, to_up;
+    if (swiglu_first<N>(i) + N > p.count) continue;
+    Vec<T, N> to_gate, to_up;
 #pragma unroll
-      for (int j = 0; j < N; ++j) swiglu_gradients(d[i][j], g[i][j], u[i][j], to_gate[j], to_up[j]);
-      store_vec<N>(grad_gate + first, to_gate);
-      store_vec<N>(grad_up + first, to_up);
-    } else {
-      for (int64_t at = first; at < p.count; ++at) {
-        T to_gate, to_up;
-        swiglu_gradients(load(grad_y + at), load(gate + at), load(up + at), to_gate, to_up);
-        store(grad_gate + at, to_gate);
-        store(grad_up + at, to_up);
-      }
-    }
+    for (int j = 0; j < N; ++j) swiglu_gradients(d[i][j], g[i][j], u[i][j], to_gate[j], to_up[j]);
+    store_vec<N>(grad_gate + swiglu_first<N>(i), to_gate);
+    store_vec<N>(grad_up + swiglu_first<N>(i), to_up);
+  }
+  if (const int64_t at = swiglu_rest<N>(p.count); at < p.count) {
+    T to_gate, to_up;
+    swiglu_gradients(load(grad_y + at), load(gate + at), load(up + at), to_gate, to_up);
+    store(grad_gate + at, to_gate);
+    store(grad_up + at, to_up);
   }
 }
 
