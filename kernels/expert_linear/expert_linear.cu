@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "common/cuda/launch.cuh"
 #include "expert_linear/expert_linear.cuh"
 #include "expert_linear/linear_launch.h"
@@ -5,13 +7,25 @@
 namespace micro_kernels::cuda {
 namespace {
 
-// Calls body.operator()<T, rows of a tile>().
-template <class Body>
-Status with_tile(DType dtype, bool few_rows, Body&& body) {
+template <class T, class Group>
+bool all_fast(const Group* groups, int64_t count) {
+  return std::all_of(groups, groups + count, [](const Group& g) { return fast_factors<T>(g); });
+}
+
+// Calls body.operator()<T, rows of a tile, whether factors are moved in chunks>() for a product whose tiles' rows are
+// rows of the groups.
+template <class Group, class Body>
+Status with_tile(const Group* groups, int64_t count, DType dtype, Body&& body) {
+  const bool few = std::all_of(groups, groups + count,
+                               [](const Group& g) { return takes_few_rows(g.rows, g.experts, g.offsets != nullptr); });
   return dispatch_device(dtype, [&]<class T>() {
-    if constexpr (sizeof(T) == 2)
-      if (few_rows) return body.template operator()<T, kFewRows>();
-    return body.template operator()<T, kManyRows<T>>();
+    if constexpr (sizeof(T) == 2) {
+      if (!all_fast<T>(groups, count)) return body.template operator()<T, kFewRows, false>();
+      if (few) return body.template operator()<T, kFewRows, true>();
+    } else {
+      if (!all_fast<T>(groups, count)) return body.template operator()<T, kManyRows<T>, false>();
+    }
+    return body.template operator()<T, kManyRows<T>, true>();
   });
 }
 
@@ -26,8 +40,6 @@ Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, i
     params.groups[i] = groups[i];
     params.first_block[i] = static_cast<unsigned>(blocks);
     params.row_tiles[i] = static_cast<unsigned>(down);
-    params.fast_left[i] = fast_left<T>(groups[i]);
-    params.fast_right[i] = fast_right<T>(groups[i]);
     params.fast_result[i] = fast_result<T>(groups[i]);
     blocks += down * column_tiles(groups[i]);
   }
@@ -36,29 +48,21 @@ Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, i
                 stream, params);
 }
 
-template <class Group>
-bool few_rows(const Group* groups, int64_t count) {
-  bool few = true;
-  for (int64_t i = 0; i < count; ++i)
-    few = few && takes_few_rows(groups[i].rows, groups[i].experts, groups[i].offsets != nullptr);
-  return few;
-}
-
 }  // namespace
 
 Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream) {
-  return with_tile(dtype, few_rows(groups, count), [&]<class T, int kRows>() {
+  return with_tile(groups, count, dtype, [&]<class T, int kRows, bool kFast>() {
     return launch_groups<T, kRows>(
-        linear_kernel<T, kRows>, groups, count, stream,
+        linear_kernel<T, kRows, kFast>, groups, count, stream,
         [](const LinearGroup& g) { return row_tiles(g.rows, g.experts, g.offsets != nullptr, kRows); },
         [](const LinearGroup& g) { return pieces(g.out, g.up ? kTileColumns / 2 : kTileColumns); });
   });
 }
 
 Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream) {
-  return with_tile(dtype, few_rows(groups, count), [&]<class T, int kRows>() {
+  return with_tile(groups, count, dtype, [&]<class T, int kRows, bool kFast>() {
     return launch_groups<T, kRows>(
-        linear_grad_x_kernel<T, kRows>, groups, count, stream,
+        linear_grad_x_kernel<T, kRows, kFast>, groups, count, stream,
         [](const LinearGradXGroup& g) {
           return row_tiles(g.rows, g.sum_experts ? 1 : g.experts, g.offsets != nullptr, kRows);
         },
@@ -67,12 +71,15 @@ Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype,
 }
 
 Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream) {
-  return dispatch_device(dtype, [&]<class T>() {
+  const auto run = [&]<class T, bool kFast>() {
     constexpr int kRows = kManyRows<T>;
     return launch_groups<T, kRows>(
-        linear_grad_weight_kernel<T, kRows>, groups, count, stream,
+        linear_grad_weight_kernel<T, kRows, kFast>, groups, count, stream,
         [](const LinearGradWeightGroup& g) { return g.experts * pieces(g.out, kRows); },
         [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns); });
+  };
+  return dispatch_device(dtype, [&]<class T>() {
+    return all_fast<T>(groups, count) ? run.template operator()<T, true>() : run.template operator()<T, false>();
   });
 }
 

@@ -8,7 +8,7 @@ namespace micro_kernels::cuda {
 
 // ---- forward: left are rows of x, right rows of the matrix, both along `in` ----------------------------------------
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFast>
 class LinearFeed {
   using Acc = accumulator_t<T>;
   using Tile = LinearTile<T, kRows>;
@@ -16,9 +16,8 @@ class LinearFeed {
   using Right = EvenRows<T, kTileColumns>;
 
  public:
-  __device__ __forceinline__ LinearFeed(const LinearGroup& group, const RowRange& range, int64_t column, bool fast_left,
-                                        bool fast_right)
-      : in_(group.in), fast_left_(fast_left), fast_right_(fast_right), gain_(nullptr) {
+  __device__ __forceinline__ LinearFeed(const LinearGroup& group, const RowRange& range, int64_t column)
+      : in_(group.in), gain_(nullptr) {
     point_at_rows(group, range);
     point_at_outputs(group, range, column);
     if (group.gain) gain_ = static_cast<const T*>(group.gain) + range.expert * group.gain_expert_stride;
@@ -26,8 +25,8 @@ class LinearFeed {
 
   template <class Cells>
   __device__ __forceinline__ void issue(Cells& cells, int stage) {
-    left_.copy(cells, stage * Tile::kStage, next_, in_, fast_left_);
-    right_.copy(cells, stage * Tile::kStage + Tile::kLeft, next_, in_, fast_right_);
+    left_.template copy<kFast>(cells, stage * Tile::kStage, next_, in_);
+    right_.template copy<kFast>(cells, stage * Tile::kStage + Tile::kLeft, next_, in_);
     next_ += kTileSteps<T>;
   }
 
@@ -38,7 +37,7 @@ class LinearFeed {
     const int64_t first = arrived_ + Left::chunk() * kChunk<T>;
     arrived_ += kTileSteps<T>;
     if (first >= in_) return;
-    const Wide<T> gain = load_chunk(gain_ + first, in_ - first, fast_left_);
+    const Wide<T> gain = load_chunk(gain_ + first, in_ - first, kFast);
 #pragma unroll
     for (int i = 0; i < Left::Places::kCount; ++i) {
       const int place = stage * Tile::kStage + Left::template place<T>(i);
@@ -76,12 +75,11 @@ class LinearFeed {
   Left left_;
   Right right_;
   int64_t next_ = 0, arrived_ = 0, in_;  // steps
-  bool fast_left_, fast_right_;
   const T* gain_;
   Acc inverse_rms_[Left::Places::kCount];
 };
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFast>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<LinearGroup> p) {
   auto& shared = shared_memory<LinearShared<T, kRows>>();
   const BlockPlace place = find_block(p);
@@ -90,7 +88,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<
   const int64_t column = int64_t{place.column_tile} * (group.up ? kTileColumns / 2 : kTileColumns);
   const bool fast_result = p.fast_result[place.group];
   if (range.count == 0) return;
-  LinearFeed<T, kRows> feed(group, range, column, p.fast_left[place.group], p.fast_right[place.group]);
+  LinearFeed<T, kRows, kFast> feed(group, range, column);
   const int64_t columns = (group.out - column) * (group.up ? 2 : 1);
   LinearProduct<T, kRows, Along::kReduction, Along::kReduction> product(range.count,
                                                                         rows_in_tile(columns, kTileColumns));
@@ -105,21 +103,15 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<
 
 // ---- gradient of x: left are rows of grad_y along `out`, right rows of the matrix along `in` -----------------------
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFast>
 class LinearGradXFeed {
   using Tile = LinearTile<T, kRows>;
   using Left = GatheredRows<T, kRows>;
   using Right = WidthRows<T, kTileColumns>;
 
  public:
-  __device__ __forceinline__ LinearGradXFeed(const LinearGradXGroup& group, const RowRange& range, int64_t column,
-                                             bool fast_left, bool fast_right)
-      : group_(group),
-        range_(range),
-        column_(column + Right::chunk() * kChunk<T>),
-        fast_left_(fast_left),
-        fast_right_(fast_right),
-        expert_(range.expert) {
+  __device__ __forceinline__ LinearGradXFeed(const LinearGradXGroup& group, const RowRange& range, int64_t column)
+      : group_(group), range_(range), column_(column + Right::chunk() * kChunk<T>), expert_(range.expert) {
     if (group.sum_experts) expert_ = next_used(0);
   }
 
@@ -137,13 +129,13 @@ class LinearGradXFeed {
   template <class Cells>
   __device__ __forceinline__ void issue(Cells& cells, int stage) {
     while (next_ >= out_) enter_next_source();
-    left_.copy(cells, stage * Tile::kStage, next_, out_, fast_left_);
+    left_.template copy<kFast>(cells, stage * Tile::kStage, next_, out_);
 #pragma unroll
     for (int i = 0; i < Right::kCount; ++i) {
       const int64_t output = next_ + Right::number(i);
       const bool there = output < out_ && column_ < group_.in;
-      copy_chunk(cells, stage * Tile::kStage + Tile::kLeft + Right::place(i),
-                 weight_ + (there ? output * group_.in + column_ : 0), there ? group_.in - column_ : 0, fast_right_);
+      copy_chunk<kFast>(cells, stage * Tile::kStage + Tile::kLeft + Right::place(i),
+                        weight_ + (there ? output * group_.in + column_ : 0), there ? group_.in - column_ : 0);
     }
     next_ += kTileSteps<T>;
   }
@@ -182,12 +174,11 @@ class LinearGradXFeed {
   Left left_;
   const T* weight_ = nullptr;
   int64_t column_;  // of this thread's chunk
-  bool fast_left_, fast_right_;
   int expert_, source_ = -1;
   int64_t next_ = 0, out_ = 0;  // steps of the source
 };
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFast>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_x_kernel(LinearLaunch<LinearGradXGroup> p) {
   auto& shared = shared_memory<LinearShared<T, kRows>>();
   const BlockPlace place = find_block(p);
@@ -199,7 +190,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_x_kernel(Linear
                              : find_rows(group, static_cast<int>(group.experts), place.row_tile, kRows);
   if (range.count == 0) return;
   const int64_t column = int64_t{place.column_tile} * kTileColumns;
-  LinearGradXFeed<T, kRows> feed(group, range, column, p.fast_left[place.group], p.fast_right[place.group]);
+  LinearGradXFeed<T, kRows, kFast> feed(group, range, column);
   LinearProduct<T, kRows, Along::kReduction, Along::kWidth> product(range.count,
                                                                     rows_in_tile(group.in - column, kTileColumns));
   walk<T, kRows>(shared, range.idle ? 0 : feed.tiles(), feed, product);
@@ -210,14 +201,13 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_x_kernel(Linear
 // ---- gradient of the matrices: left are rows of grad_y, right rows of x; the reduction runs over the rows ----------
 
 // One factor: the chunks that a thread copies of the tile's rows. Which rows these are is read one tile ahead.
-template <class T, int kWidth>
+template <class T, int kWidth, bool kFast>
 class GatheredSteps {
   using Steps = WidthRows<T, kWidth>;
 
  public:
-  __device__ __forceinline__ GatheredSteps(const ConstRows& rows, int64_t expert_offset, int64_t column, int64_t width,
-                                           bool fast)
-      : index_(rows.index), stride_(rows.stride), fast_(fast) {
+  __device__ __forceinline__ GatheredSteps(const ConstRows& rows, int64_t expert_offset, int64_t column, int64_t width)
+      : index_(rows.index), stride_(rows.stride) {
     const int64_t at = column + Steps::chunk() * kChunk<T>;
     left_ = width - at;
     data_ = static_cast<const T*>(rows.data) + expert_offset + (left_ > 0 ? at : 0);
@@ -235,8 +225,8 @@ class GatheredSteps {
   __device__ __forceinline__ void copy(Cells& cells, int base) const {
 #pragma unroll
     for (int i = 0; i < Steps::kCount; ++i)
-      copy_chunk(cells, base + Steps::place(i), data_ + (row_[i] >= 0 ? row_[i] * stride_ : 0),
-                 row_[i] >= 0 ? left_ : 0, fast_);
+      copy_chunk<kFast>(cells, base + Steps::place(i), data_ + (row_[i] >= 0 ? row_[i] * stride_ : 0),
+                        row_[i] >= 0 ? left_ : 0);
   }
 
  private:
@@ -244,16 +234,15 @@ class GatheredSteps {
   const T* data_;  // this thread's chunk of row 0
   int64_t stride_, left_;
   int32_t row_[Steps::kCount];
-  bool fast_;
 };
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFast>
 class LinearGradWeightFeed {
   using Tile = LinearTile<T, kRows>;
 
  public:
-  GatheredSteps<T, kRows> left;
-  GatheredSteps<T, kTileColumns> right;
+  GatheredSteps<T, kRows, kFast> left;
+  GatheredSteps<T, kTileColumns, kFast> right;
   int64_t next, end;  // rows
 
   __device__ __forceinline__ void look() {
@@ -271,7 +260,7 @@ class LinearGradWeightFeed {
   __device__ __forceinline__ void finish(Cells&, int) {}
 };
 
-template <class T, int kRows>
+template <class T, int kRows, bool kFast>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_weight_kernel(LinearLaunch<LinearGradWeightGroup> p) {
   auto& shared = shared_memory<LinearShared<T, kRows>>();
   const BlockPlace place = find_block(p);
@@ -286,11 +275,10 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_weight_kernel(L
   const MatrixPiece piece{(expert * group.out + output) * group.in + column, group.out - output, group.in - column,
                           group.in};
 
-  LinearGradWeightFeed<T, kRows> feed{
-      {group.grad_y, expert * group.grad_y_expert_stride, output, group.out, p.fast_left[place.group]},
-      {group.x, expert * group.x_expert_stride, column, group.in, p.fast_right[place.group]},
-      begin,
-      end};
+  LinearGradWeightFeed<T, kRows, kFast> feed{{group.grad_y, expert * group.grad_y_expert_stride, output, group.out},
+                                             {group.x, expert * group.x_expert_stride, column, group.in},
+                                             begin,
+                                             end};
   feed.look();
   LinearProduct<T, kRows, Along::kWidth, Along::kWidth> product(rows_in_tile(piece.rows, kRows),
                                                                 rows_in_tile(piece.columns, kTileColumns));

@@ -18,12 +18,9 @@ bool aligned(Pointers... pointers) {
 }
 
 template <class T>
-bool fast_left(const LinearGroup& g) {
-  return aligned(g.x.data, g.gain) && in_chunks<T>(g.x.stride, g.x_expert_stride, g.in, g.gain_expert_stride);
-}
-template <class T>
-bool fast_right(const LinearGroup& g) {
-  return aligned(g.weight, g.up) && in_chunks<T>(g.in, g.weight_expert_stride);
+bool fast_factors(const LinearGroup& g) {
+  return aligned(g.x.data, g.gain, g.weight, g.up) &&
+         in_chunks<T>(g.in, g.x.stride, g.x_expert_stride, g.gain_expert_stride, g.weight_expert_stride);
 }
 template <class T>
 bool fast_result(const LinearGroup& g) {
@@ -33,20 +30,13 @@ bool fast_result(const LinearGroup& g) {
 }
 
 template <class T>
-bool fast_left(const LinearGradXGroup& g) {
-  bool fast = true;
+bool fast_factors(const LinearGradXGroup& g) {
+  bool fast = in_chunks<T>(g.in);
   for (int64_t s = 0; s < g.source_count; ++s) {
     const LinearGradXSource& source = g.sources[s];
-    fast = fast && aligned(source.grad_y.data) &&
-           in_chunks<T>(source.grad_y.stride, source.grad_y_expert_stride, source.out);
+    fast = fast && aligned(source.grad_y.data, source.weight) &&
+           in_chunks<T>(source.grad_y.stride, source.grad_y_expert_stride, source.out, source.weight_expert_stride);
   }
-  return fast;
-}
-template <class T>
-bool fast_right(const LinearGradXGroup& g) {
-  bool fast = in_chunks<T>(g.in);
-  for (int64_t s = 0; s < g.source_count; ++s)
-    fast = fast && aligned(g.sources[s].weight) && in_chunks<T>(g.sources[s].weight_expert_stride);
   return fast;
 }
 template <class T>
@@ -56,12 +46,9 @@ bool fast_result(const LinearGradXGroup& g) {
 }
 
 template <class T>
-bool fast_left(const LinearGradWeightGroup& g) {
-  return aligned(g.grad_y.data) && in_chunks<T>(g.grad_y.stride, g.grad_y_expert_stride, g.out);
-}
-template <class T>
-bool fast_right(const LinearGradWeightGroup& g) {
-  return aligned(g.x.data) && in_chunks<T>(g.x.stride, g.x_expert_stride, g.in);
+bool fast_factors(const LinearGradWeightGroup& g) {
+  return aligned(g.grad_y.data, g.x.data) && in_chunks<T>(g.grad_y.stride, g.grad_y_expert_stride, g.out) &&
+         in_chunks<T>(g.x.stride, g.x_expert_stride, g.in);
 }
 template <class T>
 bool fast_result(const LinearGradWeightGroup& g) {

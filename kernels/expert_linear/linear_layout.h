@@ -50,9 +50,9 @@ constexpr int64_t row_tiles(int64_t rows, int64_t experts, bool offsets, int64_t
 }
 
 // Tiles of few rows read a matrix more often; tiles of many compute rows that are not there.
-inline constexpr int64_t kFewRows = 32;
+inline constexpr int kFewRows = 32;
 constexpr bool takes_few_rows(int64_t rows, int64_t experts, bool offsets) {
-  return rows <= 2 * kFewRows * (offsets ? experts : 1);
+  return rows <= 2 * int64_t{kFewRows} * (offsets ? experts : 1);
 }
 
 // Rows of outputs that the tensor cores compute for a range of `rows` rows: a warp leaves out the fragments (16 rows)

@@ -38,17 +38,17 @@ struct LinearShared {
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-// One chunk, of which `left` elements exist; the rest are 0. fast: all or nothing of it exists, and it is aligned.
-template <class T, class Cells>
-__device__ __forceinline__ void copy_chunk(Cells& cells, int to, const T* from, int64_t left, bool fast) {
-  if (fast) {
+// One chunk, of which `left` elements exist; the rest are 0. kFast: all or nothing of it exists, and it is aligned.
+template <bool kFast, class T, class Cells>
+__device__ __forceinline__ void copy_chunk(Cells& cells, int to, const T* from, int64_t left) {
+  if constexpr (kFast) {
     copy_async16(cells.at(to, kChunk<T>), from, left > 0);
-    return;
-  }
-  Vec<T, kChunk<T>> values;
+  } else {
+    Vec<T, kChunk<T>> values;
 #pragma unroll
-  for (int i = 0; i < kChunk<T>; ++i) values[i] = i < left ? load(from + i) : T(accumulator_t<T>(0));
-  cells.template store_vec<kChunk<T>>(to, values);
+    for (int i = 0; i < kChunk<T>; ++i) values[i] = i < left ? load(from + i) : T(accumulator_t<T>(0));
+    cells.template store_vec<kChunk<T>>(to, values);
+  }
 }
 
 // What a thread copies of tiles whose rows run along the reduction: the same chunk of some rows.
@@ -78,12 +78,12 @@ struct GatheredRows : ReductionRows<kWidth> {
   }
 
   // Steps from `step` on, of `steps`.
-  template <class Cells>
-  __device__ __forceinline__ void copy(Cells& cells, int base, int64_t step, int64_t steps, bool fast) const {
+  template <bool kFast, class Cells>
+  __device__ __forceinline__ void copy(Cells& cells, int base, int64_t step, int64_t steps) const {
     const int64_t first = step + Places::chunk() * kChunk<T>;
 #pragma unroll
     for (int i = 0; i < Places::kCount; ++i)
-      copy_chunk(cells, base + Places::template place<T>(i), row[i] + first, there >> i & 1 ? steps - first : 0, fast);
+      copy_chunk<kFast>(cells, base + Places::template place<T>(i), row[i] + first, there >> i & 1 ? steps - first : 0);
   }
 };
 
@@ -95,13 +95,13 @@ struct EvenRows : ReductionRows<kWidth> {
   int64_t distance;
   int count;  // rows that exist; otherwise zeros
 
-  template <class Cells>
-  __device__ __forceinline__ void copy(Cells& cells, int base, int64_t step, int64_t steps, bool fast) const {
+  template <bool kFast, class Cells>
+  __device__ __forceinline__ void copy(Cells& cells, int base, int64_t step, int64_t steps) const {
     const int64_t first = step + Places::chunk() * kChunk<T>;
     const T* from = first_row + first;
 #pragma unroll
     for (int i = 0; i < Places::kCount; ++i) {
-      copy_chunk(cells, base + Places::template place<T>(i), from, i < count ? steps - first : 0, fast);
+      copy_chunk<kFast>(cells, base + Places::template place<T>(i), from, i < count ? steps - first : 0);
       from += distance;
     }
   }
@@ -199,7 +199,7 @@ struct LinearLaunch {
   Group groups[kMostGroups];
   unsigned first_block[kMostGroups];
   unsigned row_tiles[kMostGroups];
-  bool fast_left[kMostGroups], fast_right[kMostGroups], fast_result[kMostGroups];  // see copy_chunk
+  bool fast_result[kMostGroups];  // moved in chunks
   int count;
 };
 
