@@ -1,6 +1,6 @@
 #pragma once
 // Device code of the weighted sum and its gradients. Forward: one warp per piece of a token's row. Backward: one warp
-// per token, so that the token's gradient is read once for all its pairs and a dot product stays within the warp.
+// per token, so that the token's gradient is read once for two pairs and a dot product stays within the warp.
 
 #include <cassert>
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void add_row(const CombineParams& p, const Piece<N>& 
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) combine_kernel(CombineParams p) {
+__global__ void __launch_bounds__(kRowThreads, 3) combine_kernel(CombineParams p) {
   const Piece<N> piece;
   if (piece.row >= p.token_count) return;
   const int64_t own = pair_order(p, piece.row, threadIdx.x % kWarp);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(CombineParams p) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-inline constexpr int kPairsAtOnce = 4;  // pairs that share one reading of their token's gradient
+inline constexpr int kPairsAtOnce = 2;  // pairs that share one reading of their token's gradient
 
 template <class T>
 struct BackwardPair {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void backward_vector(const CombineBackwardParams& p, 
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(CombineBackwardParams p) {
+__global__ void __launch_bounds__(kRowThreads, 3) combine_backward_kernel(CombineBackwardParams p) {
   using Acc = accumulator_t<T>;
   const int64_t token = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

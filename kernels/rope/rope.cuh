@@ -59,7 +59,7 @@ __device__ __forceinline__ void turn(Vec<T, N>& a, Vec<T, N>& b, const RopeAngle
 
 // y may be x: a lane has read both halves of a head before it writes one.
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads, 3) rope_kernel(RopeParams p) {
+__global__ void __launch_bounds__(kRowThreads, 2) rope_kernel(RopeParams p) {
   using Acc = accumulator_t<T>;
   const int64_t row = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarp, half = p.head_dim / 2;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;

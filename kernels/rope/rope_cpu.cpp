@@ -51,6 +51,8 @@ Status rope(const RopeParams& p, const ParallelFor& parallel_for) {
     case DType::kBFloat16:
       all_rows(p, parallel_for, loops.bfloat16);
       break;
+    case DType::kFloat16:  // on CUDA only: refused by callers
+      break;
   }
   return Status::kOk;
 }

@@ -48,7 +48,7 @@ __device__ __forceinline__ int64_t swiglu_rest(int64_t count) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluParams p) {
+__global__ void __launch_bounds__(kSwigluThreads, 3) swiglu_kernel(SwigluParams p) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
   T* y = static_cast<T*>(p.y);
   Vec<T, N> g[kSwigluVectors]{}, u[kSwigluVectors]{};
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(SwigluParams p) 
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kSwigluThreads) swiglu_backward_kernel(SwigluBackwardParams p) {
+__global__ void __launch_bounds__(kSwigluThreads, 3) swiglu_backward_kernel(SwigluBackwardParams p) {
   const T *grad_y = static_cast<const T*>(p.grad_y), *gate = static_cast<const T*>(p.gate);
   const T* up = static_cast<const T*>(p.up);
   T *grad_gate = static_cast<T*>(p.grad_gate), *grad_up = static_cast<T*>(p.grad_up);

@@ -140,12 +140,15 @@ struct CombineTest : testing::Test {
 
   template <class Body>
   static void each_problem(const Body& body) {
-    for (const Shape& s : kShapes)
-      for (Idle idle : {Idle::kSome, Idle::kNone, Idle::kAll}) {
-        SCOPED_TRACE(testing::Message() << s.tokens << " tokens, K " << s.k << ", H " << s.hidden << ", offset "
-                                        << s.offset << ", idle " << static_cast<int>(idle));
-        body(Problem<T>(s, idle));
-      }
+    for (const Shape& s : kShapes) each_problem(s, Idle::kSome, body);
+    for (const Shape& s : {Shape{9, 3, 16}, Shape{3, 5, 24}})
+      for (Idle idle : {Idle::kNone, Idle::kAll}) each_problem(s, idle, body);
+  }
+  template <class Body>
+  static void each_problem(const Shape& s, Idle idle, const Body& body) {
+    SCOPED_TRACE(testing::Message() << s.tokens << " tokens, K " << s.k << ", H " << s.hidden << ", offset " << s.offset
+                                    << ", idle " << static_cast<int>(idle));
+    body(Problem<T>(s, idle));
   }
 };
 TYPED_TEST_SUITE(CombineTest, DeviceElementTypes);
