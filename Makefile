@@ -17,7 +17,7 @@ PY := $(ENV)/bin/python
 STAMP := $(ENV)/.micro
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help build demo test lint docs bench clean
+.PHONY: help build demo test lint docs bench gpu-check clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -87,6 +87,10 @@ docs: build $(STAMP)/dev
 ## make bench   the table of goals; ROWS=G2,G3 a part of it, BENCH_ARGS="--official FOLDER ..." other options
 bench: build $(STAMP)/dev
 	@$(PY) benchmarks/python/run.py $(if $(ROWS),--rows $(ROWS)) $(BENCH_ARGS)
+
+## make gpu-check   on a machine with a CUDA device: its tests, then our speed against others; GPU_ARGS="--list"
+gpu-check: build $(STAMP)/dev
+	@$(PY) benchmarks/python/gpu_check.py --build $(BUILD) --jobs $(JOBS) $(GPU_ARGS)
 
 ## make clean   remove what was built; the virtual environment stays
 clean:

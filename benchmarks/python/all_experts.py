@@ -118,7 +118,7 @@ class AllExperts(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         x = self.embed_tokens(input_ids)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        positions = torch.arange(seen, seen + x.shape[1])[None]
+        positions = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         tables = self.rotary_emb(x, positions)
         scores = []
         for layer in self.layers:

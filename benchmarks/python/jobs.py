@@ -15,12 +15,18 @@ from torch import Tensor
 SHORTEST = 1e-3  # seconds; a shorter region is looped
 
 
+def settle(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Job:
     """One region to time. ``prepare`` is not timed, ``run`` is."""
 
     def __init__(self, model: Any, ids: Any, controls: Mapping[str, Any] | None = None) -> None:
         self.model = model
-        self.ids = torch.as_tensor(ids)
+        self.ids = torch.as_tensor(ids).to(model.device)
         self.controls = dict(controls or {})
 
     def prepare(self) -> None:
@@ -38,8 +44,10 @@ class Job:
         total, done = 0.0, 0
         while done == 0 or total < SHORTEST:
             self.prepare()
+            settle(self.ids.device)
             begin = time.perf_counter()
             self.run()
+            settle(self.ids.device)
             total += time.perf_counter() - begin
             done += 1
         return total / done
@@ -211,7 +219,7 @@ class Step(Job):
 
     def run(self) -> Any:
         self.model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.model(self.ids, labels=self.ids, use_cache=False, **self.controls).loss
         loss.backward()
         if not self.clips_itself:  # an optimizer of ours clips in its own pass
