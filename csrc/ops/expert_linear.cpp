@@ -64,6 +64,7 @@ Tensor forward_cuda(const Tensor& x_, const Tensor& weight_, const Tensor& offse
       .in = weight.size(2),
       .out = weight.size(1),
       .dtype = kernel_dtype(kName, x),
+      .tf32 = tf32_allowed(),
   };
   check(kName, micro_kernels::cuda::expert_linear(params, current_stream(x)));
   return y;
@@ -116,6 +117,7 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_y_, const Tensor& x_
       .in = weight.size(2),
       .out = weight.size(1),
       .dtype = kernel_dtype(kName, x),
+      .tf32 = tf32_allowed(),
   };
   check(kName, micro_kernels::cuda::expert_linear_backward(params, current_stream(x)));
   return {grad_x, grad_weight};

@@ -1,6 +1,7 @@
 #pragma once
-// What expert_linear and stacked_linear share on the CPU.
+// What expert_linear and stacked_linear share.
 
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 
@@ -29,6 +30,12 @@ inline void check_weight(const char* function, const at::Tensor& weight, const a
                    " but x is ", x.scalar_type());
   TORCH_CHECK_VALUE(weight.device() == x.device(), function, ": weight is on ", weight.device(), " but x is on ",
                     x.device());
+}
+
+// Whether CUDA may round factors of float32 to TF32: torch's own flag (torch.backends.cuda.matmul).
+inline bool tf32_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
 }
 
 // The first row of each expert and, last, of the idle rows. `rows` is the number of rows, or -1 where it is not known.

@@ -82,6 +82,7 @@ Tensor forward_cuda(const Tensor& x_, const Tensor& weight_, const OptionalTenso
       .in = weight.size(2),
       .out = weight.size(1),
       .dtype = kernel_dtype(kName, x),
+      .tf32 = tf32_allowed(),
   };
   check(kName, micro_kernels::cuda::stacked_linear(params, current_stream(x)));
   return y;
@@ -144,6 +145,7 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& grad_y_, const Tensor& x_
       .in = weight.size(2),
       .out = weight.size(1),
       .dtype = kernel_dtype(kName, x),
+      .tf32 = tf32_allowed(),
   };
   check(kName, micro_kernels::cuda::stacked_linear_backward(params, current_stream(x)));
   return {grad_x, grad_weight};

@@ -12,20 +12,30 @@ bool all_fast(const Group* groups, int64_t count) {
   return std::all_of(groups, groups + count, [](const Group& g) { return fast_factors<T>(g); });
 }
 
-// Calls body.operator()<T, rows of a tile, whether factors are moved in chunks>() for a product whose tiles' rows are
-// rows of the groups.
+// Calls body.operator()<path>().
+template <class T, class Body>
+Status with_path(bool chunks, bool tf32, Body&& body) {
+  if (!chunks) return body.template operator()<Path::kAnywhere>();
+  if constexpr (std::is_same_v<T, float>)
+    if (tf32) return body.template operator()<Path::kTf32>();
+  return body.template operator()<Path::kChunks>();
+}
+
+// Calls body.operator()<T, rows of a tile, path>() for a product whose tiles' rows are rows of the groups.
 template <class Group, class Body>
-Status with_tile(const Group* groups, int64_t count, DType dtype, Body&& body) {
+Status with_tile(const Group* groups, int64_t count, DType dtype, bool tf32, Body&& body) {
   const bool few = std::all_of(groups, groups + count,
                                [](const Group& g) { return takes_few_rows(g.rows, g.experts, g.offsets != nullptr); });
   return dispatch_device(dtype, [&]<class T>() {
+    const bool chunks = all_fast<T>(groups, count);
     if constexpr (sizeof(T) == 2) {
-      if (!all_fast<T>(groups, count)) return body.template operator()<T, kFewRows, false>();
-      if (few) return body.template operator()<T, kFewRows, true>();
+      if (!chunks) return body.template operator()<T, kFewRows, Path::kAnywhere>();
+      if (few) return body.template operator()<T, kFewRows, Path::kChunks>();
+      return body.template operator()<T, kManyRows<T>, Path::kChunks>();
     } else {
-      if (!all_fast<T>(groups, count)) return body.template operator()<T, kManyRows<T>, false>();
+      return with_path<T>(chunks, tf32,
+                          [&]<Path kPath>() { return body.template operator()<T, kManyRows<T>, kPath>(); });
     }
-    return body.template operator()<T, kManyRows<T>, true>();
   });
 }
 
@@ -50,19 +60,21 @@ Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, i
 
 }  // namespace
 
-Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream) {
-  return with_tile(groups, count, dtype, [&]<class T, int kRows, bool kFast>() {
+Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream, bool tf32) {
+  return with_tile(groups, count, dtype, tf32, [&]<class T, int kRows, Path kPath>() {
+    for (int64_t i = 0; i < count; ++i)
+      if (groups[i].cos && (groups[i].up || !can_rotate<T>(groups[i]))) return Status::kUnsupported;
     return launch_groups<T, kRows>(
-        linear_kernel<T, kRows, kFast>, groups, count, stream,
+        linear_kernel<T, kRows, kPath>, groups, count, stream,
         [](const LinearGroup& g) { return row_tiles(g.rows, g.experts, g.offsets != nullptr, kRows); },
         [](const LinearGroup& g) { return pieces(g.out, g.up ? kTileColumns / 2 : kTileColumns); });
   });
 }
 
-Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream) {
-  return with_tile(groups, count, dtype, [&]<class T, int kRows, bool kFast>() {
+Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream, bool tf32) {
+  return with_tile(groups, count, dtype, tf32, [&]<class T, int kRows, Path kPath>() {
     return launch_groups<T, kRows>(
-        linear_grad_x_kernel<T, kRows, kFast>, groups, count, stream,
+        linear_grad_x_kernel<T, kRows, kPath>, groups, count, stream,
         [](const LinearGradXGroup& g) {
           return row_tiles(g.rows, g.sum_experts ? 1 : g.experts, g.offsets != nullptr, kRows);
         },
@@ -70,16 +82,17 @@ Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype,
   });
 }
 
-Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream) {
-  const auto run = [&]<class T, bool kFast>() {
+Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream, bool tf32) {
+  const auto run = [&]<class T, Path kPath>() {
     constexpr int kRows = kManyRows<T>;
     return launch_groups<T, kRows>(
-        linear_grad_weight_kernel<T, kRows, kFast>, groups, count, stream,
+        linear_grad_weight_kernel<T, kRows, kPath>, groups, count, stream,
         [](const LinearGradWeightGroup& g) { return g.experts * pieces(g.out, kRows); },
         [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns); });
   };
   return dispatch_device(dtype, [&]<class T>() {
-    return all_fast<T>(groups, count) ? run.template operator()<T, true>() : run.template operator()<T, false>();
+    return with_path<T>(all_fast<T>(groups, count), tf32,
+                        [&]<Path kPath>() { return run.template operator()<T, kPath>(); });
   });
 }
 
@@ -93,7 +106,7 @@ Status expert_linear(const ExpertLinearParams& p, void* stream) {
   group.y = {p.y, nullptr, p.out};
   group.offsets = p.offsets;
   group.rows = p.rows, group.experts = p.experts, group.in = p.in, group.out = p.out;
-  return linear(&group, 1, p.dtype, stream);
+  return linear(&group, 1, p.dtype, stream, p.tf32);
 }
 
 Status expert_linear_backward(const ExpertLinearBackwardParams& p, void* stream) {
@@ -104,7 +117,7 @@ Status expert_linear_backward(const ExpertLinearBackwardParams& p, void* stream)
     group.grad_x = {p.grad_x, nullptr, p.in};
     group.offsets = p.offsets;
     group.rows = p.rows, group.experts = p.experts, group.in = p.in;
-    const Status status = linear_grad_x(&group, 1, p.dtype, stream);
+    const Status status = linear_grad_x(&group, 1, p.dtype, stream, p.tf32);
     if (status != Status::kOk) return status;
   }
   if (!p.grad_weight) return Status::kOk;
@@ -114,7 +127,7 @@ Status expert_linear_backward(const ExpertLinearBackwardParams& p, void* stream)
   group.grad_weight = p.grad_weight;
   group.offsets = p.offsets;
   group.rows = p.rows, group.experts = p.experts, group.in = p.in, group.out = p.out;
-  return linear_grad_weight(&group, 1, p.dtype, stream);
+  return linear_grad_weight(&group, 1, p.dtype, stream, p.tf32);
 }
 
 }  // namespace micro_kernels::cuda

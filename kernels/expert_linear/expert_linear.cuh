@@ -79,7 +79,7 @@ class LinearFeed {
   Acc inverse_rms_[Left::Places::kCount];
 };
 
-template <class T, int kRows, bool kFast>
+template <class T, int kRows, Path kPath>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<LinearGroup> p) {
   auto& shared = shared_memory<LinearShared<T, kRows>>();
   const BlockPlace place = find_block(p);
@@ -88,10 +88,10 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<
   const int64_t column = int64_t{place.column_tile} * (group.up ? kTileColumns / 2 : kTileColumns);
   const bool fast_result = p.fast_result[place.group];
   if (range.count == 0) return;
-  LinearFeed<T, kRows, kFast> feed(group, range, column);
+  LinearFeed<T, kRows, kPath != Path::kAnywhere> feed(group, range, column);
   const int64_t columns = (group.out - column) * (group.up ? 2 : 1);
-  LinearProduct<T, kRows, Along::kReduction, Along::kReduction> product(range.count,
-                                                                        rows_in_tile(columns, kTileColumns));
+  LinearProduct<T, kRows, Along::kReduction, Along::kReduction, kPath> product(range.count,
+                                                                               rows_in_tile(columns, kTileColumns));
   walk<T, kRows>(shared, range.idle ? 0 : pieces(group.in, kTileSteps<T>), feed, product);
   keep_sums<T, kRows>(shared, product);
   const LinearFinish<T, kRows> finish{group, range, shared, column, fast_result};
@@ -178,7 +178,7 @@ class LinearGradXFeed {
   int64_t next_ = 0, out_ = 0;  // steps of the source
 };
 
-template <class T, int kRows, bool kFast>
+template <class T, int kRows, Path kPath>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_x_kernel(LinearLaunch<LinearGradXGroup> p) {
   auto& shared = shared_memory<LinearShared<T, kRows>>();
   const BlockPlace place = find_block(p);
@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_x_kernel(Linear
                              : find_rows(group, static_cast<int>(group.experts), place.row_tile, kRows);
   if (range.count == 0) return;
   const int64_t column = int64_t{place.column_tile} * kTileColumns;
-  LinearGradXFeed<T, kRows, kFast> feed(group, range, column);
-  LinearProduct<T, kRows, Along::kReduction, Along::kWidth> product(range.count,
-                                                                    rows_in_tile(group.in - column, kTileColumns));
+  LinearGradXFeed<T, kRows, kPath != Path::kAnywhere> feed(group, range, column);
+  LinearProduct<T, kRows, Along::kReduction, Along::kWidth, kPath> product(
+      range.count, rows_in_tile(group.in - column, kTileColumns));
   walk<T, kRows>(shared, range.idle ? 0 : feed.tiles(), feed, product);
   keep_sums<T, kRows>(shared, product);
   LinearGradXFinish<T, kRows>{group, range, shared, column, p.fast_result[place.group]}.run();
@@ -260,7 +260,7 @@ class LinearGradWeightFeed {
   __device__ __forceinline__ void finish(Cells&, int) {}
 };
 
-template <class T, int kRows, bool kFast>
+template <class T, int kRows, Path kPath>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_weight_kernel(LinearLaunch<LinearGradWeightGroup> p) {
   auto& shared = shared_memory<LinearShared<T, kRows>>();
   const BlockPlace place = find_block(p);
@@ -275,13 +275,14 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_weight_kernel(L
   const MatrixPiece piece{(expert * group.out + output) * group.in + column, group.out - output, group.in - column,
                           group.in};
 
-  LinearGradWeightFeed<T, kRows, kFast> feed{{group.grad_y, expert * group.grad_y_expert_stride, output, group.out},
-                                             {group.x, expert * group.x_expert_stride, column, group.in},
-                                             begin,
-                                             end};
+  LinearGradWeightFeed<T, kRows, kPath != Path::kAnywhere> feed{
+      {group.grad_y, expert * group.grad_y_expert_stride, output, group.out},
+      {group.x, expert * group.x_expert_stride, column, group.in},
+      begin,
+      end};
   feed.look();
-  LinearProduct<T, kRows, Along::kWidth, Along::kWidth> product(rows_in_tile(piece.rows, kRows),
-                                                                rows_in_tile(piece.columns, kTileColumns));
+  LinearProduct<T, kRows, Along::kWidth, Along::kWidth, kPath> product(rows_in_tile(piece.rows, kRows),
+                                                                       rows_in_tile(piece.columns, kTileColumns));
   walk<T, kRows>(shared, pieces(end - begin, kTileSteps<T>), feed, product);
   if (group.accumulate) return add_matrix(product, piece, static_cast<accumulator_t<T>*>(group.grad_weight));
   keep_sums<T, kRows>(shared, product);

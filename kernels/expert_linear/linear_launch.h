@@ -22,6 +22,13 @@ bool fast_factors(const LinearGroup& g) {
   return aligned(g.x.data, g.gain, g.weight, g.up) &&
          in_chunks<T>(g.in, g.x.stride, g.x_expert_stride, g.gain_expert_stride, g.weight_expert_stride);
 }
+// Heads that turn lie whole in a tile of outputs, and their halves in whole chunks.
+template <class T>
+bool can_rotate(const LinearGroup& g) {
+  return g.head_dim > 0 && kTileColumns % g.head_dim == 0 && g.head_dim % (2 * kChunk<T>) == 0 &&
+         g.out % g.head_dim == 0;
+}
+
 template <class T>
 bool fast_result(const LinearGroup& g) {
   return aligned(g.y.data, g.residual.data) &&

@@ -27,11 +27,13 @@ MICRO_HOST_DEVICE constexpr int reduction_major(int row, int chunk) {
   return (row * 4 + (chunk ^ ((row >> 1) & 3))) * kChunk<T>;
 }
 
-// First element of a chunk of a tile [steps, kWidth], whose rows run along the outputs; also of finished tiles.
+// First element of a chunk of a tile [steps, kWidth], whose rows run along the outputs; also of finished tiles. Eight
+// lanes read one chunk of eight steps (ldmatrix) or, of elements of 32 bits, the columns of two chunks in four steps.
 template <class T, int kWidth>
 MICRO_HOST_DEVICE constexpr int width_major(int step, int chunk) {
   static_assert(kWidth / kChunk<T> >= 8);
-  return (step * (kWidth / kChunk<T>)+(chunk ^ (step & 7))) * kChunk<T>;
+  const int turn = sizeof(T) == 4 ? (step & 3) << 1 : step & 7;
+  return (step * (kWidth / kChunk<T>)+(chunk ^ turn)) * kChunk<T>;
 }
 
 // ---- which rows a tile takes ---------------------------------------------------------------------------------------

@@ -208,8 +208,89 @@ class ThreadProduct {
   T sums_[kDown][kAcross];
 };
 
-template <class T, int kRows, Along kLeftAlong, Along kRightAlong>
-using LinearProduct = std::conditional_t<sizeof(T) == 2, TensorProduct<T, kRows, kLeftAlong, kRightAlong>,
-                                         ThreadProduct<T, kRows, kLeftAlong, kRightAlong>>;
+// ---- float32 that may be rounded to TF32: tensor cores --------------------------------------------------------------
+
+// As TensorProduct, with fragments of 16 rows, 8 columns and 8 steps.
+template <int kRows, Along kLeftAlong, Along kRightAlong>
+class Tf32Product {
+  static constexpr int kWarpsDown = 2, kWarpsAcross = 2;
+  static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = kTileColumns / kWarpsAcross;
+  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
+  using Tile = LinearTile<float, kRows>;
+
+ public:
+  __device__ __forceinline__ Tf32Product(int, int) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    row_ = warp / kWarpsAcross * kWarpRows;
+    column_ = warp % kWarpsAcross * kWarpColumns;
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums_[i][j][k] = 0;
+  }
+
+  template <class Cells>
+  __device__ __forceinline__ void multiply(Cells& cells, int stage) {
+    const int base = stage * Tile::kStage;
+#pragma unroll
+    for (int k = 0; k < kTileSteps<float>; k += 8) {
+      float left[kDown][4], right[kAcross][2];
+#pragma unroll
+      for (int i = 0; i < kDown; ++i) {
+        const int row = row_ + i * 16;
+        left[i][0] = read<kRows, kLeftAlong>(cells, base, row, k);
+        left[i][1] = read<kRows, kLeftAlong>(cells, base, row + 8, k);
+        left[i][2] = read<kRows, kLeftAlong>(cells, base, row, k + 4);
+        left[i][3] = read<kRows, kLeftAlong>(cells, base, row + 8, k + 4);
+      }
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        right[j][0] = read<kTileColumns, kRightAlong>(cells, base + Tile::kLeft, column_ + j * 8, k);
+        right[j][1] = read<kTileColumns, kRightAlong>(cells, base + Tile::kLeft, column_ + j * 8, k + 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kDown; ++i)
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j) mma_1688_tf32(sums_[i][j], left[i], right[j]);
+    }
+  }
+
+  // body(row, column, sum)
+  template <class Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kDown; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          body(row_ + i * 16 + k / 2 * 8 + lane() / 4, column_ + j * 8 + lane() % 4 * 2 + k % 2, sums_[i][j][k]);
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+  // A lane's element of a piece of 8 rows or columns and 4 steps: 32 lanes, 32 banks.
+  template <int kWidth, Along kAlong, class Cells>
+  static __device__ __forceinline__ float read(Cells& cells, int base, int first, int step) {
+    const int outer = first + lane() / 4, inner = step + lane() % 4;
+    if (kAlong == Along::kReduction) return cells.load(base + reduction_major<float>(outer, inner / 4) + inner % 4);
+    return cells.load(base + width_major<float, kWidth>(inner, outer / 4) + outer % 4);
+  }
+
+  float sums_[kDown][kAcross][4];
+  int row_, column_;  // of the warp's part
+};
+
+// How a launch goes: kAnywhere takes factors that do not lie in chunks of 16 bytes.
+enum class Path : int8_t { kAnywhere, kChunks, kTf32 };
+
+template <class T, int kRows, Along kLeftAlong, Along kRightAlong, Path kPath>
+using LinearProduct =
+    std::conditional_t<sizeof(T) == 2, TensorProduct<T, kRows, kLeftAlong, kRightAlong>,
+                       std::conditional_t<kPath == Path::kTf32, Tf32Product<kRows, kLeftAlong, kRightAlong>,
+                                          ThreadProduct<T, kRows, kLeftAlong, kRightAlong>>>;
 
 }  // namespace micro_kernels::cuda

@@ -22,7 +22,7 @@ Status stacked_linear(const StackedLinearParams& p, void* stream) {
   group.y_expert_stride = p.tokens * p.out;
   group.used = p.offsets;
   group.rows = p.tokens, group.experts = p.experts, group.in = p.in, group.out = p.out;
-  return linear(&group, 1, p.dtype, stream);
+  return linear(&group, 1, p.dtype, stream, p.tf32);
 }
 
 // Where all experts read the same x its gradient is the sum over them, in one chain, so that it is rounded once.
@@ -40,7 +40,7 @@ Status stacked_linear_backward(const StackedLinearBackwardParams& p, void* strea
     group.used = p.offsets;
     group.rows = p.tokens, group.experts = p.experts, group.in = p.in;
     group.sum_experts = p.inputs == 1;
-    const Status status = linear_grad_x(&group, 1, p.dtype, stream);
+    const Status status = linear_grad_x(&group, 1, p.dtype, stream, p.tf32);
     if (status != Status::kOk) return status;
   }
   if (!p.grad_weight) return Status::kOk;
@@ -52,7 +52,7 @@ Status stacked_linear_backward(const StackedLinearBackwardParams& p, void* strea
   group.grad_weight = p.grad_weight;
   group.used = p.offsets;
   group.rows = p.tokens, group.experts = p.experts, group.in = p.in, group.out = p.out;
-  return linear_grad_weight(&group, 1, p.dtype, stream);
+  return linear_grad_weight(&group, 1, p.dtype, stream, p.tf32);
 }
 
 }  // namespace micro_kernels::cuda

@@ -135,70 +135,97 @@ TYPED_TEST_SUITE(GroupedLinearTest, DeviceElementTypes);
 
 // ---- plain products ------------------------------------------------------------------------------------------------
 
-TYPED_TEST(GroupedLinearTest, EqualsTheDefinition) {
-  using T = TypeParam;
-  for (const Shape& s : kShapes) {
-    SCOPED_TRACE(testing::Message() << s.rows << "x" << s.in << "x" << s.out);
-    const std::vector<T> x = values<T>(s.rows * s.in, 1), weight = values<T>(s.experts() * s.in * s.out, 2);
-    const Buffer<T> from(x), matrix(weight), y(s.rows * s.out);
-    const Buffer<int32_t> offsets(s.offsets);
-    ASSERT_EQ(MICRO_RUN(expert_linear, ExpertLinearParams{from.data(), matrix.data(), offsets.data(), y.data(), s.rows,
-                                                          s.experts(), s.in, s.out, kDTypeOf<T>}),
-              Status::kOk);
-    const std::vector<T> got = y.read();
-    for (int64_t n = 0; n < s.rows; ++n)
-      for (int64_t o = 0; o < s.out; ++o) {
-        const int64_t e = s.expert(n);
-        double want = 0, size = 0;
-        for (int64_t i = 0; e >= 0 && i < s.in; ++i) {
-          const double term = wide(x[n * s.in + i]) * wide(weight[(e * s.out + o) * s.in + i]);
-          want += term;
-          size += std::abs(term);
-        }
-        ASSERT_NEAR(wide(got[n * s.out + o]), want, kRounding<T> * size) << n << ", " << o;
-      }
+// What a tensor core sees of a factor: float32 is rounded to 10 bits, ties away from zero, where that is allowed.
+template <class T>
+double factor(T value, bool tf32) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tf32) return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, value) + 0x1000u) & 0xffffe000u);
+  return wide(value);
+}
+
+struct Sum {
+  double value = 0, size = 0;
+  void add(double term) {
+    value += term;
+    size += std::abs(term);
   }
+};
+
+template <class T>
+void expect_definition(const Shape& s, bool tf32) {
+  SCOPED_TRACE(testing::Message() << s.rows << "x" << s.in << "x" << s.out);
+  const std::vector<T> x = values<T>(s.rows * s.in, 1), weight = values<T>(s.experts() * s.in * s.out, 2);
+  const Buffer<T> from(x), matrix(weight), y(s.rows * s.out);
+  const Buffer<int32_t> offsets(s.offsets);
+  ASSERT_EQ(MICRO_RUN(expert_linear, ExpertLinearParams{from.data(), matrix.data(), offsets.data(), y.data(), s.rows,
+                                                        s.experts(), s.in, s.out, kDTypeOf<T>, tf32}),
+            Status::kOk);
+  const std::vector<T> got = y.read();
+  for (int64_t n = 0; n < s.rows; ++n)
+    for (int64_t o = 0; o < s.out; ++o) {
+      const int64_t e = s.expert(n);
+      Sum want;
+      for (int64_t i = 0; e >= 0 && i < s.in; ++i)
+        want.add(factor(x[n * s.in + i], tf32) * factor(weight[(e * s.out + o) * s.in + i], tf32));
+      ASSERT_NEAR(wide(got[n * s.out + o]), want.value, kRounding<T> * want.size) << n << ", " << o;
+    }
+}
+
+template <class T>
+void expect_gradients(const Shape& s, bool tf32) {
+  SCOPED_TRACE(testing::Message() << s.rows << "x" << s.in << "x" << s.out);
+  const std::vector<T> x = values<T>(s.rows * s.in, 1), weight = values<T>(s.experts() * s.in * s.out, 2),
+                       grad = values<T>(s.rows * s.out, 3);
+  const Buffer<T> from(x), matrix(weight), grad_y(grad), grad_x(s.rows * s.in), grad_weight(s.experts() * s.in * s.out);
+  const Buffer<int32_t> offsets(s.offsets);
+  ASSERT_EQ(
+      MICRO_RUN(expert_linear_backward,
+                ExpertLinearBackwardParams{grad_y.data(), from.data(), matrix.data(), offsets.data(), grad_x.data(),
+                                           grad_weight.data(), s.rows, s.experts(), s.in, s.out, kDTypeOf<T>, tf32}),
+      Status::kOk);
+  const std::vector<T> by_x = grad_x.read(), by_weight = grad_weight.read();
+  for (int64_t n = 0; n < s.rows; ++n)
+    for (int64_t i = 0; i < s.in; ++i) {
+      const int64_t e = s.expert(n);
+      Sum want;
+      for (int64_t o = 0; e >= 0 && o < s.out; ++o)
+        want.add(factor(grad[n * s.out + o], tf32) * factor(weight[(e * s.out + o) * s.in + i], tf32));
+      ASSERT_NEAR(wide(by_x[n * s.in + i]), want.value, kRounding<T> * want.size) << n << ", " << i;
+    }
+  for (int64_t e = 0; e < s.experts(); ++e)
+    for (int64_t o = 0; o < s.out; ++o)
+      for (int64_t i = 0; i < s.in; ++i) {
+        Sum want;
+        for (int64_t n = s.offsets[e]; n < s.offsets[e + 1]; ++n)
+          want.add(factor(grad[n * s.out + o], tf32) * factor(x[n * s.in + i], tf32));
+        ASSERT_NEAR(wide(by_weight[(e * s.out + o) * s.in + i]), want.value, kRounding<T> * want.size)
+            << e << ", " << o << ", " << i;
+      }
+}
+
+TYPED_TEST(GroupedLinearTest, EqualsTheDefinition) {
+  for (const Shape& s : kShapes) expect_definition<TypeParam>(s, false);
 }
 
 TYPED_TEST(GroupedLinearTest, GradientsEqualTheDefinition) {
-  using T = TypeParam;
-  for (const Shape& s : kShapes) {
-    SCOPED_TRACE(testing::Message() << s.rows << "x" << s.in << "x" << s.out);
-    const std::vector<T> x = values<T>(s.rows * s.in, 1), weight = values<T>(s.experts() * s.in * s.out, 2),
-                         grad = values<T>(s.rows * s.out, 3);
-    const Buffer<T> from(x), matrix(weight), grad_y(grad), grad_x(s.rows * s.in),
-        grad_weight(s.experts() * s.in * s.out);
-    const Buffer<int32_t> offsets(s.offsets);
+  for (const Shape& s : kShapes) expect_gradients<TypeParam>(s, false);
+}
+
+// Where the flag allows it, and only there: the bound is the one of float32. Widths that are no whole chunks keep
+// float32.
+TEST(GroupedLinear, FactorsOfTf32) {
+  const Shape whole{{0, 31, 64, 127}, 129, 24, 72}, ragged{{0, 4, 9}, 9, 31, 5};
+  expect_definition<float>(whole, true);
+  expect_gradients<float>(whole, true);
+  const std::vector<float> x = values<float>(9 * 31, 1), weight = values<float>(2 * 31 * 5, 2);
+  const Buffer<float> from(x), matrix(weight), y(9 * 5), z(9 * 5);
+  const Buffer<int32_t> offsets(ragged.offsets);
+  for (const bool tf32 : {false, true})
     ASSERT_EQ(
-        MICRO_RUN(expert_linear_backward,
-                  ExpertLinearBackwardParams{grad_y.data(), from.data(), matrix.data(), offsets.data(), grad_x.data(),
-                                             grad_weight.data(), s.rows, s.experts(), s.in, s.out, kDTypeOf<T>}),
+        MICRO_RUN(expert_linear, ExpertLinearParams{from.data(), matrix.data(), offsets.data(),
+                                                    tf32 ? z.data() : y.data(), 9, 2, 31, 5, DType::kFloat32, tf32}),
         Status::kOk);
-    const std::vector<T> by_x = grad_x.read(), by_weight = grad_weight.read();
-    for (int64_t n = 0; n < s.rows; ++n)
-      for (int64_t i = 0; i < s.in; ++i) {
-        const int64_t e = s.expert(n);
-        double want = 0, size = 0;
-        for (int64_t o = 0; e >= 0 && o < s.out; ++o) {
-          const double term = wide(grad[n * s.out + o]) * wide(weight[(e * s.out + o) * s.in + i]);
-          want += term;
-          size += std::abs(term);
-        }
-        ASSERT_NEAR(wide(by_x[n * s.in + i]), want, kRounding<T> * size) << n << ", " << i;
-      }
-    for (int64_t e = 0; e < s.experts(); ++e)
-      for (int64_t o = 0; o < s.out; ++o)
-        for (int64_t i = 0; i < s.in; ++i) {
-          double want = 0, size = 0;
-          for (int64_t n = s.offsets[e]; n < s.offsets[e + 1]; ++n) {
-            const double term = wide(grad[n * s.out + o]) * wide(x[n * s.in + i]);
-            want += term;
-            size += std::abs(term);
-          }
-          ASSERT_NEAR(wide(by_weight[(e * s.out + o) * s.in + i]), want, kRounding<T> * size)
-              << e << ", " << o << ", " << i;
-        }
-  }
+  expect_same_bits(z.read(), y.read());
 }
 
 // Tiles of many rows, of few, and a row alone give the same bits, forward and backward.
@@ -351,6 +378,14 @@ TYPED_TEST(GroupedLinearTest, RotationOnTheWayOut) {
           ASSERT_NEAR(wide(got[n * out + o]), want, kRounding<T> * (std::abs(a) + std::abs(b))) << n << ", " << o;
         }
     }
+}
+
+TEST(GroupedLinear, RefusesHeadsThatItCannotTurn) {
+  const Buffer<float> x(std::vector<float>(4)), weight(std::vector<float>(4 * 96)), y(96),
+      table(std::vector<float>(24));
+  LinearGroup group = group_of(x, weight, y, 1, 1, 4, 96);
+  group.cos = table.data(), group.sin = table.data(), group.positions = 1, group.head_dim = 48;
+  EXPECT_EQ(cuda::linear(&group, 1, DType::kFloat32, nullptr), Status::kUnsupported);
 }
 
 // Keys of several experts, straight into a cache [experts, heads, slots, head size].

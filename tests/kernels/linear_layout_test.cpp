@@ -41,7 +41,7 @@ class LinearLayoutTest : public testing::Test {
     for (int step = 0; step < 8; ++step)
       for (int chunk = 0; chunk < chunks; ++chunk) all.push_back(width_major<T, kWidth>(step, chunk));
     expect_a_permutation(all);
-    for (int chunk = 0; chunk < chunks; ++chunk) {  // a fragment's matrix: eight steps
+    for (int chunk = 0; sizeof(T) != 4 && chunk < chunks; ++chunk) {  // a fragment's matrix: eight steps
       std::vector<int> phase;
       for (int step = 0; step < 8; ++step) phase.push_back(width_major<T, kWidth>(step, chunk));
       expect_no_conflict(phase);
@@ -79,6 +79,21 @@ TYPED_TEST(LinearLayoutTest, TilesAlongTheWidth) {
   if constexpr (kChunk<TypeParam> == 2) this->template width_major_is_free_of_conflicts<32>();
   this->template width_major_is_free_of_conflicts<64>();
   this->template width_major_is_free_of_conflicts<128>();
+}
+
+// Fragments of 32 bits, as lanes read them: 8 rows or columns by 4 steps.
+TEST(LinearLayout, FragmentsOfFloat32) {
+  for (int first = 0; first < 64; first += 8)
+    for (int step = 0; step < kTileSteps<float>; step += 4) {
+      std::set<int> along_reduction, along_width;
+      for (int lane = 0; lane < 32; ++lane) {
+        const int outer = first + lane / 4, inner = step + lane % 4;
+        along_reduction.insert((reduction_major<float>(outer, inner / 4) + inner % 4) % 32);
+        along_width.insert((width_major<float, 64>(inner, outer / 4) + outer % 4) % 32);
+      }
+      ASSERT_EQ(along_reduction.size(), 32);
+      ASSERT_EQ(along_width.size(), 32);
+    }
 }
 
 // Pairs of sums of a fragment: 32 lanes, 32 banks.

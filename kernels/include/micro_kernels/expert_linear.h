@@ -17,6 +17,7 @@ struct ExpertLinearParams {
   void* y;                 // [N, out]; idle rows are 0
   int64_t rows, experts, in, out;
   DType dtype;
+  bool tf32 = false;  // CUDA only: factors of float32 may be rounded to 10 bits
 };
 
 struct ExpertLinearBackwardParams {
@@ -28,6 +29,7 @@ struct ExpertLinearBackwardParams {
   void* grad_weight;       // [E, out, in], or nullptr: not wanted
   int64_t rows, experts, in, out;
   DType dtype;
+  bool tf32 = false;  // CUDA only: factors of float32 may be rounded to 10 bits
 };
 
 // ---- the CPU's grouped product -------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ struct LinearGroup {
   const void* gain = nullptr;         // [experts, in]; nullptr: no norm
   int64_t gain_expert_stride = 0;     // in; 0: one gain for all
   const void* inverse_rms = nullptr;  // [rows of x], accumulator type
-  // Rotation on the way out, of heads of head_dim columns (16, 32, 64 or 128).
+  // Rotation on the way out, of heads of head_dim columns: 16, 32, 64 or 128, and not with up; else kUnsupported.
   const void* cos = nullptr;          // [positions, head_dim / 2], accumulator type; nullptr: no rotation
   const void* sin = nullptr;          //
   const int32_t* position = nullptr;  // [rows of x]; nullptr: r % positions
@@ -214,10 +216,11 @@ struct LinearGradWeightGroup {
   bool accumulate = false;
 };
 
-// 0 < count <= kMostGroups.
-Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream);
-Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream);
-Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream);
+// 0 < count <= kMostGroups. tf32: factors of float32 may be rounded to 10 bits, for tensor cores.
+Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream, bool tf32 = false);
+Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype, void* stream, bool tf32 = false);
+Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream,
+                          bool tf32 = false);
 }  // namespace cuda
 
 }  // namespace micro_kernels

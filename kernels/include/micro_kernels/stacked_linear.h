@@ -18,6 +18,7 @@ struct StackedLinearParams {
   int64_t inputs;          // 1 or E
   int64_t tokens, experts, in, out;
   DType dtype;
+  bool tf32 = false;  // CUDA only: factors of float32 may be rounded to 10 bits
 };
 
 struct StackedLinearBackwardParams {
@@ -30,6 +31,7 @@ struct StackedLinearBackwardParams {
   int64_t inputs;
   int64_t tokens, experts, in, out;
   DType dtype;
+  bool tf32 = false;  // CUDA only: factors of float32 may be rounded to 10 bits
 };
 
 namespace cuda {
