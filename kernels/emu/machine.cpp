@@ -37,10 +37,22 @@ struct Fiber {
   State state = State::kReady;
   unsigned number = 0;
   // what it waits for
-  unsigned mask = 0;
   Site site{};
   const char* operation = "";
-  void* brought = nullptr;
+};
+
+// Lanes of a warp that come together: who is awaited, who is there, what they brought.
+struct Meeting {
+  unsigned mask, arrived;
+  Site site;
+  const char* operation;
+  void* brought[kLanes];
+};
+
+struct Warp {
+  uint32_t epoch = 0;             // barriers so far
+  unsigned lanes = 0, left = 0;   // as many as there are; those that have left the kernel
+  std::vector<Meeting> meetings;  // with masks that share no lane
 };
 
 struct Machine {
@@ -59,7 +71,9 @@ struct Machine {
   Size block{};
   uint32_t block_number = 0;
   uint32_t block_epoch = 0;
-  std::vector<uint32_t> warp_epochs;
+  std::vector<Warp> warps;
+  unsigned at_barrier = 0;
+  Site barrier{};  // where those are
   std::mt19937_64 random;
   int seeds = 0;
 };
@@ -127,6 +141,7 @@ void fiber_entry(transfer_t from) {
   m.scheduler = from.fctx;
   m.launch->body();
   m.running->state = State::kDone;
+  m.warps[m.running->number / kLanes].left |= 1u << m.running->number % kLanes;
   leave_for_good();
 }
 
@@ -157,7 +172,13 @@ void start_fibers() {
   m.fibers.assign(threads, Fiber{});
   m.ready.clear();
   m.block_epoch = 0;
-  m.warp_epochs.assign((threads + kLanes - 1) / kLanes, 0);
+  m.at_barrier = 0;
+  m.warps.resize((threads + kLanes - 1) / kLanes);
+  for (unsigned w = 0; w < m.warps.size(); ++w) {
+    m.warps[w].epoch = m.warps[w].left = 0;
+    m.warps[w].lanes = std::min<unsigned>(kLanes, threads - w * kLanes);
+    m.warps[w].meetings.clear();
+  }
   for (unsigned i = 0; i < threads; ++i) {
     clear_stack(m.stacks[i]);
     m.fibers[i].number = i;
@@ -281,7 +302,7 @@ bool running() { return machine().running != nullptr; }
 Moment now() {
   const Machine& m = machine();
   const unsigned thread = m.running->number;
-  return {m.run, m.block_number, thread, m.block_epoch, m.warp_epochs[thread / kLanes]};
+  return {m.run, m.block_number, thread, m.block_epoch, m.warps[thread / kLanes].epoch};
 }
 
 Size block_of_now() { return machine().block; }
@@ -291,59 +312,69 @@ int lane() { return static_cast<int>(machine().running->number % kLanes); }
 void block_barrier(Site site) {
   Machine& m = machine();
   Fiber& self = *m.running;
-  self.state = State::kAtBarrier;
-  self.site = site;
-  self.operation = "barrier of the block";
-  for (const Fiber& f : m.fibers)
-    if (f.state == State::kAtBarrier && !(f.site == site))
-      fault(site, "a divergent barrier: another thread waits at " + where(f.site));
-  if (std::all_of(m.fibers.begin(), m.fibers.end(), [](const Fiber& f) { return f.state == State::kAtBarrier; })) {
-    ++m.block_epoch;
-    if (counting()) count_barrier();
-    for (Fiber& f : m.fibers) {
-      f.state = State::kReady;
-      if (&f != &self) m.ready.push_back(f.number);
-    }
-    m.ready.push_back(self.number);
+  if (m.at_barrier > 0 && !(m.barrier == site))
+    fault(site, "a divergent barrier: another thread waits at " + where(m.barrier));
+  m.barrier = site;
+  if (++m.at_barrier < m.fibers.size()) {
+    self.state = State::kAtBarrier;
+    self.site = site;
+    self.operation = "barrier of the block";
+    yield();
+    return;
+  }
+  m.at_barrier = 0;
+  ++m.block_epoch;
+  if (counting()) count_barrier();
+  for (Fiber& f : m.fibers) {
+    f.state = State::kReady;
+    m.ready.push_back(f.number);
   }
   yield();
 }
 
+namespace {
+
+// The meeting that this lane belongs to; a fault if it and another lane expect different ones.
+Meeting& join(Warp& warp, unsigned lane, unsigned mask, Site site, const char* name) {
+  const auto what = [=] { return std::string("a ") + name; };
+  if (!(mask >> lane & 1u)) fault(site, what() + " whose mask lacks its own lane");
+  if (warp.lanes < kLanes && mask >> warp.lanes)
+    fault(site, what() + " whose mask names more lanes than the warp's " + std::to_string(warp.lanes));
+  if (mask & warp.left)
+    fault(site, "an incomplete mask: " + what() + " waits for lane " + std::to_string(__builtin_ctz(mask & warp.left)) +
+                    ", which has left the kernel");
+  for (Meeting& each : warp.meetings) {
+    if (each.mask == mask && each.site == site) return each;
+    if (each.mask & mask)
+      fault(site, "an incomplete mask: another lane is at a " + std::string(each.operation) + " (" + where(each.site) +
+                      ") with another mask or on another line");
+  }
+  return warp.meetings.emplace_back(Meeting{mask, 0, site, name, {}});
+}
+
+}  // namespace
+
 void meet(unsigned mask, Site site, const char* name, void* brought, LaneAction act, const void* context) {
   Machine& m = machine();
   Fiber& self = *m.running;
-  const unsigned first = self.number / kLanes * kLanes;
-  const auto lanes = static_cast<unsigned>(std::min<size_t>(kLanes, m.fibers.size() - first));
-  if (!(mask >> (self.number - first) & 1u)) fault(site, std::string("a ") + name + " whose mask lacks its own lane");
-  if (lanes < kLanes && mask != 0xffffffffu && mask >> lanes)
-    fault(site, std::string("a ") + name + " whose mask names lanes that the block does not have");
-  self.state = State::kAtWarp;
-  self.mask = mask;
-  self.site = site;
-  self.operation = name;
-  self.brought = brought;
-  void* all[kLanes] = {};
-  bool complete = true;
-  for (unsigned i = 0; i < kLanes; ++i) {
-    if (!(mask >> i & 1u)) continue;
-    if (i >= lanes) fault(site, std::string("a ") + name + " of all lanes in a warp of " + std::to_string(lanes));
-    const Fiber& f = m.fibers[first + i];
-    if (f.state == State::kDone)
-      fault(site, std::string("an incomplete mask: a ") + name + " waits for lane " + std::to_string(i) +
-                      ", which has left the kernel");
-    if (f.state == State::kAtWarp && (f.mask != mask || !(f.site == site)))
-      fault(site, std::string("an incomplete mask: lane ") + std::to_string(i) + " is at a " + f.operation + " (" +
-                      where(f.site) + ") with another mask or on another line");
-    complete = complete && f.state == State::kAtWarp;
-    all[i] = f.brought;
+  const unsigned first = self.number / kLanes * kLanes, lane = self.number - first;
+  Warp& warp = m.warps[self.number / kLanes];
+  Meeting& meeting = join(warp, lane, mask, site, name);
+  meeting.brought[lane] = brought;
+  meeting.arrived |= 1u << lane;
+  if (meeting.arrived != mask) {
+    self.state = State::kAtWarp;
+    self.site = site;
+    self.operation = name;
+    yield();
+    return;
   }
-  if (complete) {
-    act(all, context);
-    for (unsigned i = 0; i < lanes; ++i) {
-      if (!(mask >> i & 1u)) continue;
-      m.fibers[first + i].state = State::kReady;
-      m.ready.push_back(first + i);
-    }
+  act(meeting.brought, context);
+  warp.meetings.erase(warp.meetings.begin() + (&meeting - warp.meetings.data()));
+  for (unsigned i = 0; i < warp.lanes; ++i) {
+    if (!(mask >> i & 1u)) continue;
+    m.fibers[first + i].state = State::kReady;
+    m.ready.push_back(first + i);
   }
   yield();
 }
@@ -354,7 +385,7 @@ void warp_barrier(unsigned mask, Site site) {
       mask, site, "barrier of the warp", nullptr,
       [](void* const(&)[kLanes], const void* all_lanes) {
         Machine& m = machine();
-        if (all_lanes) ++m.warp_epochs[m.running->number / kLanes];
+        if (all_lanes) ++m.warps[m.running->number / kLanes].epoch;
       },
       mask == 0xffffffffu ? "all" : nullptr);
 }

@@ -75,25 +75,26 @@ using LaneAction = void (*)(void* const (&brought)[kLanes], const void* context)
 void meet(unsigned mask, Site site, const char* name, void* brought, LaneAction act, const void* context);
 int lane();
 
+// from(lane): the lane whose value this one takes.
 template <class T, class From>
 T shuffle(unsigned mask, T value, Site site, From from) {
   struct Brought {
     T value, result;
+    int from;
     bool valid;
-  } mine{value, value, true};
+  } mine{value, value, from(lane()) & (kLanes - 1), true};
   meet(
       mask, site, "shuffle", &mine,
-      [](void* const(&brought)[kLanes], const void* context) {
-        const From& source = *static_cast<const From*>(context);
-        for (int to = 0; to < kLanes; ++to) {
-          if (!brought[to]) continue;
-          const auto* given = static_cast<const Brought*>(brought[source(to) & (kLanes - 1)]);
-          auto* taken = static_cast<Brought*>(brought[to]);
+      [](void* const(&brought)[kLanes], const void*) {
+        for (void* each : brought) {
+          if (!each) continue;
+          auto* taken = static_cast<Brought*>(each);
+          const auto* given = static_cast<const Brought*>(brought[taken->from]);
           taken->valid = given != nullptr;
           if (given) taken->result = given->value;
         }
       },
-      &from);
+      nullptr);
   if (!mine.valid) fault(site, "a shuffle reads a lane outside its mask");
   return mine.result;
 }

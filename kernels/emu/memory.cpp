@@ -27,6 +27,7 @@ struct History {
 void note_read(History& h, const Moment& now, bool& race) {
   race = race || !h.write.before(now);
   if (h.read.same_thread(now)) {
+    h.many = h.many && h.read.block_epoch == now.block_epoch;  // a barrier parts it from the others' reads
     h.read = now;
     return;
   }
@@ -49,7 +50,7 @@ struct Allocation {
   char* base;
   size_t bytes;
   bool reserved;
-  std::unordered_map<size_t, std::unique_ptr<Page>> pages;
+  std::vector<std::unique_ptr<Page>> pages;  // nullptr: never touched
 
   Page& page(size_t offset) {
     auto& slot = pages[offset / kPage];
@@ -63,13 +64,28 @@ std::map<const char*, Allocation>& allocations() {
   return all;
 }
 
+// Those that were touched last: a kernel goes back and forth between a few.
+struct Recent {
+  Allocation* kept[8] = {};
+  unsigned next = 0;
+};
+Recent& recent() {
+  static Recent only;
+  return only;
+}
+
 // The allocation that holds all of [address, address + bytes), or nullptr.
 Allocation* find(const void* address, size_t bytes) {
   const auto* first = static_cast<const char*>(address);
+  const auto holds = [&](const Allocation& a) { return first >= a.base && first + bytes <= a.base + a.bytes; };
+  for (Allocation* a : recent().kept)
+    if (a && holds(*a)) return a;
   auto after = allocations().upper_bound(first);
   if (after == allocations().begin()) return nullptr;
   Allocation& a = std::prev(after)->second;
-  return first + bytes <= a.base + a.bytes ? &a : nullptr;
+  if (!holds(a)) return nullptr;
+  recent().kept[recent().next++ % 8] = &a;
+  return &a;
 }
 
 // One block's shared memory.
@@ -153,7 +169,7 @@ void* add_allocation(size_t bytes, bool reserved) {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   if (!reserved) std::memset(memory, kPoison, bytes);
   auto* base = static_cast<char*>(memory);
-  allocations().emplace(base, Allocation{base, bytes, reserved, {}});
+  allocations().emplace(base, Allocation{base, bytes, reserved, std::vector<std::unique_ptr<Page>>(mapped / kPage)});
   return memory;
 }
 }  // namespace
@@ -166,6 +182,7 @@ void release(void* memory) {
   if (it == allocations().end()) return;
   munmap(memory, (std::max<size_t>(it->second.bytes, 1) + kPage - 1) / kPage * kPage);
   allocations().erase(it);
+  recent() = {};
 }
 
 void written_by_host(void* memory, size_t bytes) {
@@ -190,7 +207,7 @@ class Snapshot {
  public:
   struct Saved {
     std::vector<char> bytes;
-    std::map<size_t, std::vector<bool>> written;  // by page
+    std::vector<std::unique_ptr<bool[]>> written;  // by page; nullptr: nothing
   };
   std::map<const char*, Saved> all;
 };
@@ -201,8 +218,10 @@ std::shared_ptr<Snapshot> take_snapshot() {
     if (a.reserved) continue;
     Snapshot::Saved saved;
     saved.bytes.assign(a.base, a.base + a.bytes);
-    for (const auto& [number, page] : a.pages)
-      saved.written.emplace(number, std::vector<bool>(page->written, page->written + kPage));
+    for (const auto& page : a.pages) {
+      auto& copy = saved.written.emplace_back(page ? new bool[kPage] : nullptr);
+      if (page) std::copy_n(page->written, kPage, copy.get());
+    }
     snapshot->all.emplace(base, std::move(saved));
   }
   return snapshot;
@@ -212,9 +231,12 @@ void restore(const Snapshot& snapshot) {
   for (const auto& [base, saved] : snapshot.all) {
     Allocation& a = allocations().at(base);
     std::copy(saved.bytes.begin(), saved.bytes.end(), a.base);
-    for (auto& [number, page] : a.pages) {
-      const auto it = saved.written.find(number);
-      for (size_t i = 0; i < kPage; ++i) page->written[i] = it != saved.written.end() && it->second[i];
+    for (size_t i = 0; i < a.pages.size(); ++i) {
+      if (!a.pages[i]) continue;
+      if (saved.written[i])
+        std::copy_n(saved.written[i].get(), kPage, a.pages[i]->written);
+      else
+        std::fill_n(a.pages[i]->written, kPage, false);
     }
   }
 }
@@ -232,38 +254,36 @@ std::string difference(const Snapshot& snapshot) {
 // ---- the kernels' side
 // -----------------------------------------------------------------------------------------------
 
-void check_read(const void* address, size_t bytes, Site site) {
-  Allocation& a = global_range(address, bytes, site);
-  const auto offset = static_cast<size_t>(static_cast<const char*>(address) - a.base);
+namespace {
+
+// Of an access to global memory: no access of at most 16 aligned bytes crosses a page.
+void note_global(Allocation& a, size_t offset, size_t bytes, bool write, Site site) {
+  Page& page = a.page(offset);
+  bool* written = page.written + offset % kPage;
   const Moment moment = now();
   bool race = false;
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    Page& page = a.page(i);
-    if (!page.written[i % kPage])
-      fault(site, "a read of memory never written: byte " + std::to_string(i) + " of an allocation of " +
-                      std::to_string(a.bytes));
-    if (i == offset || i % kCell == 0) note_read(page.cells[i % kPage / kCell], moment, race);
-  }
-  if (race)
-    fault(site,
-          std::string(kRace) + ": byte " + std::to_string(offset) + " of an allocation of " + std::to_string(a.bytes));
-  if (counting()) count_access(false, false, address, bytes, site);
+  for (size_t c = offset % kPage / kCell; c * kCell < offset % kPage + bytes; ++c)
+    write ? note_write(page.cells[c], moment, race) : note_read(page.cells[c], moment, race);
+  const auto place = [&](size_t byte) {
+    return ": byte " + std::to_string(byte) + " of an allocation of " + std::to_string(a.bytes);
+  };
+  if (write) std::fill_n(written, bytes, true);
+  const auto hole = static_cast<size_t>(std::find(written, written + bytes, false) - written);
+  if (hole < bytes) fault(site, "a read of memory never written" + place(offset + hole));
+  if (race) fault(site, kRace + place(offset));
+  if (counting()) count_access(false, write, a.base + offset, bytes, site);
+}
+
+}  // namespace
+
+void check_read(const void* address, size_t bytes, Site site) {
+  Allocation& a = global_range(address, bytes, site);
+  note_global(a, static_cast<size_t>(static_cast<const char*>(address) - a.base), bytes, false, site);
 }
 
 void check_write(void* address, size_t bytes, Site site) {
   Allocation& a = global_range(address, bytes, site);
-  const auto offset = static_cast<size_t>(static_cast<char*>(address) - a.base);
-  const Moment moment = now();
-  bool race = false;
-  for (size_t i = offset; i < offset + bytes; ++i) {
-    Page& page = a.page(i);
-    page.written[i % kPage] = true;
-    if (i == offset || i % kCell == 0) note_write(page.cells[i % kPage / kCell], moment, race);
-  }
-  if (race)
-    fault(site,
-          std::string(kRace) + ": byte " + std::to_string(offset) + " of an allocation of " + std::to_string(a.bytes));
-  if (counting()) count_access(false, true, address, bytes, site);
+  note_global(a, static_cast<size_t>(static_cast<char*>(address) - a.base), bytes, true, site);
 }
 
 void begin_block(size_t bytes) {
