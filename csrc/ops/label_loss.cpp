@@ -7,6 +7,7 @@
 
 #include "micro_kernels/label_loss.h"
 #include "ops/decisions.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -66,8 +67,12 @@ Tensor forward(const Tensor& logits_, const Tensor& labels_, const OptionalTenso
       .experts = logits.size(2),
       .dtype = kernel_dtype(kName, logits),
   };
-  check_status(logits.is_cuda() ? micro_kernels::cuda::label_loss(params, current_stream(logits))
-                                : micro_kernels::cpu::label_loss(params, parallel_for));
+  if (logits.is_cuda()) {
+    const Tensor workspace = device_workspace(logits, micro_kernels::cuda::label_loss_workspace(params));
+    check_status(micro_kernels::cuda::label_loss(params, workspace.mutable_data_ptr(), current_stream(logits)));
+  } else {
+    check_status(micro_kernels::cpu::label_loss(params, parallel_for));
+  }
   return loss;
 }
 

@@ -9,6 +9,7 @@
 
 #include "micro_kernels/load_balancing_loss.h"
 #include "ops/decisions.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -53,8 +54,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& probs_, const Tensor& ids_, con
       .pooled = pooled,
       .dtype = kernel_dtype(kName, probs),
   };
-  check(kName, probs.is_cuda() ? micro_kernels::cuda::load_balancing_loss(params, current_stream(probs))
-                               : micro_kernels::cpu::load_balancing_loss(params, parallel_for));
+  if (probs.is_cuda()) {
+    const Tensor workspace = device_workspace(probs, micro_kernels::cuda::load_balancing_loss_workspace(params));
+    check(kName, micro_kernels::cuda::load_balancing_loss(params, workspace.mutable_data_ptr(), current_stream(probs)));
+  } else {
+    check(kName, micro_kernels::cpu::load_balancing_loss(params, parallel_for));
+  }
   return {loss, slope};
 }
 

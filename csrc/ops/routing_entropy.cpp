@@ -7,6 +7,7 @@
 
 #include "micro_kernels/routing_entropy.h"
 #include "ops/decisions.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -38,8 +39,12 @@ Tensor forward(const Tensor& probs_, const OptionalTensor& mask_) {
       .experts = probs.size(-1),
       .dtype = kernel_dtype(kName, probs),
   };
-  check(kName, probs.is_cuda() ? micro_kernels::cuda::routing_entropy(params, current_stream(probs))
-                               : micro_kernels::cpu::routing_entropy(params, parallel_for));
+  if (probs.is_cuda()) {
+    const Tensor workspace = device_workspace(probs, micro_kernels::cuda::routing_entropy_workspace(params));
+    check(kName, micro_kernels::cuda::routing_entropy(params, workspace.mutable_data_ptr(), current_stream(probs)));
+  } else {
+    check(kName, micro_kernels::cpu::routing_entropy(params, parallel_for));
+  }
   return entropy;
 }
 

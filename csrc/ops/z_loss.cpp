@@ -7,6 +7,7 @@
 
 #include "micro_kernels/z_loss.h"
 #include "ops/decisions.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -36,8 +37,12 @@ Tensor forward(const Tensor& logits_, const OptionalTensor& mask_) {
       .experts = logits.size(2),
       .dtype = kernel_dtype(kName, logits),
   };
-  check(kName, logits.is_cuda() ? micro_kernels::cuda::z_loss(params, current_stream(logits))
-                                : micro_kernels::cpu::z_loss(params, parallel_for));
+  if (logits.is_cuda()) {
+    const Tensor workspace = device_workspace(logits, micro_kernels::cuda::z_loss_workspace(params));
+    check(kName, micro_kernels::cuda::z_loss(params, workspace.mutable_data_ptr(), current_stream(logits)));
+  } else {
+    check(kName, micro_kernels::cpu::z_loss(params, parallel_for));
+  }
   return loss;
 }
 

@@ -41,8 +41,10 @@ Status label_loss(const LabelLossParams& params, const ParallelFor& parallel_for
 Status label_loss_backward(const LabelLossBackwardParams& params, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// `workspace` holds label_loss_workspace(params) bytes.
 namespace cuda {
-Status label_loss(const LabelLossParams& params, void* stream);
+int64_t label_loss_workspace(const LabelLossParams& params);
+Status label_loss(const LabelLossParams& params, void* workspace, void* stream);
 Status label_loss_backward(const LabelLossBackwardParams& params, void* stream);
 }  // namespace cuda
 

@@ -44,8 +44,10 @@ Status load_balancing_loss(const LoadBalancingLossParams& params, const Parallel
 Status load_balancing_loss_backward(const LoadBalancingLossBackwardParams& params, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// `workspace` holds load_balancing_loss_workspace(params) bytes.
 namespace cuda {
-Status load_balancing_loss(const LoadBalancingLossParams& params, void* stream);
+int64_t load_balancing_loss_workspace(const LoadBalancingLossParams& params);
+Status load_balancing_loss(const LoadBalancingLossParams& params, void* workspace, void* stream);
 Status load_balancing_loss_backward(const LoadBalancingLossBackwardParams& params, void* stream);
 }  // namespace cuda
 

@@ -37,8 +37,10 @@ Status routing_entropy(const RoutingEntropyParams& params, const ParallelFor& pa
 Status routing_entropy_backward(const RoutingEntropyBackwardParams& params, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// `workspace` holds routing_entropy_workspace(params) bytes.
 namespace cuda {
-Status routing_entropy(const RoutingEntropyParams& params, void* stream);
+int64_t routing_entropy_workspace(const RoutingEntropyParams& params);
+Status routing_entropy(const RoutingEntropyParams& params, void* workspace, void* stream);
 Status routing_entropy_backward(const RoutingEntropyBackwardParams& params, void* stream);
 }  // namespace cuda
 

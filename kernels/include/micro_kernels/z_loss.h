@@ -35,8 +35,10 @@ Status z_loss(const ZLossParams& params, const ParallelFor& parallel_for);
 Status z_loss_backward(const ZLossBackwardParams& params, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// `workspace` holds z_loss_workspace(params) bytes.
 namespace cuda {
-Status z_loss(const ZLossParams& params, void* stream);
+int64_t z_loss_workspace(const ZLossParams& params);
+Status z_loss(const ZLossParams& params, void* workspace, void* stream);
 Status z_loss_backward(const ZLossBackwardParams& params, void* stream);
 }  // namespace cuda
 
