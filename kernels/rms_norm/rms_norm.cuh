@@ -160,7 +160,7 @@ __device__ accumulator_t<T> rms_norm_upstream(const RmsNormBackwardParams& p, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRmsNormThreads) rms_norm_grad_x_long_kernel(RmsNormBackwardParams p) {
+__global__ void __launch_bounds__(kRmsNormThreads, 8) rms_norm_grad_x_long_kernel(RmsNormBackwardParams p) {
   using Acc = accumulator_t<T>;
   auto& shared = shared_memory<RmsNormShared<Acc>>();
   const int64_t row = blockIdx.x;
@@ -204,9 +204,15 @@ __global__ void __launch_bounds__(kRmsNormThreads) rms_norm_gain_parts_kernel(Rm
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += static_cast<Acc>(upstream[i]) * static_cast<Acc>(x[i]) * scale;
   }
+  constexpr int kM = N < kRmsNormVector<Acc> ? N : kRmsNormVector<Acc>;
   Acc* to = static_cast<Acc*>(q.parts) + (part * p.experts + expert) * p.hidden + h;
 #pragma unroll
-  for (int i = 0; i < N; ++i) store(to + i, sum[i]);
+  for (int i = 0; i < N; i += kM) {
+    Vec<Acc, kM> values;
+#pragma unroll
+    for (int j = 0; j < kM; ++j) values[j] = sum[i + j];
+    store_vec<kM>(to + i, values);
+  }
 }
 
 template <class Acc>
