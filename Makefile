@@ -17,7 +17,7 @@ PY := $(ENV)/bin/python
 STAMP := $(ENV)/.micro
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help build demo test lint docs bench gpu-check clean
+.PHONY: help build demo test gates lint docs bench gpu-check clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -59,7 +59,7 @@ $(STAMP)/editable: pyproject.toml csrc/include/micro/version.h | $(STAMP)/packag
 	@touch $@
 
 $(BUILD)/build.ninja: $(STAMP)/editable
-	@cmake -S . -B $(BUILD) -G Ninja -DMICRO_DEV=ON -DMICRO_TESTS=ON -DMICRO_BENCHMARKS=ON -DMICRO_WERROR=ON -DPython_EXECUTABLE=$(PY)
+	@cmake -S . -B $(BUILD) -G Ninja -DMICRO_DEV=ON -DMICRO_TESTS=ON -DMICRO_BENCHMARKS=ON -DMICRO_WERROR=ON -DMICRO_CUDA_ARCHITECTURES=80 -DPython_EXECUTABLE=$(PY)
 
 # ---- the jobs ---------------------------------------------------------------------------------------------------------
 
@@ -75,6 +75,10 @@ demo: $(BUILD)/build.ninja $(STAMP)/backbone
 ## make test    every test; prints the closing lines of each runner
 test: build $(STAMP)/dev $(STAMP)/backbone
 	@VENV=$(ENV) JOBS=$(JOBS) .ci/test
+
+## make gates   the CUDA kernels without a device: every architecture, resources, machine code; UPDATE=1 writes the tables
+gates: $(STAMP)/dev
+	@PYTHONPATH=.ci $(PY) -m gates --jobs $(JOBS) $(if $(UPDATE),--update)
 
 ## make lint    formatters, linters and type checker; changes nothing
 lint: $(STAMP)/lint

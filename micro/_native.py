@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Container
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,12 +81,16 @@ def operators() -> list[str]:
 def build_info() -> dict[str, Any]:
     """What :func:`micro.build_info` returns: the build's record, the instruction set, and the path of each operator."""
     info = read_build_info()
-    kernels = info.pop("kernels")
+    cpu_kernels, cuda_kernels = info.pop("kernels"), info.pop("cuda_kernels")
     info |= core.build_info()
     info["ops"] = {
-        name: {"cpu": _cpu_path(name, kernels, info["isa"]), "cuda": f"none ({info['cuda']})"} for name in operators()
+        name: {
+            "cpu": _cpu_path(name, cpu_kernels, info["isa"]),
+            "cuda": _cuda_path(name, cpu_kernels, cuda_kernels, info),
+        }
+        for name in operators()
     }
-    return info | {"library": str(LIBRARY), "torch_found": str(torch.__version__), "cuda_archs": []}
+    return info | {"library": str(LIBRARY), "torch_found": str(torch.__version__)}
 
 
 def _cpu_path(operator: str, kernels: dict[str, list[str]], isa: str) -> str:
@@ -96,3 +101,15 @@ def _cpu_path(operator: str, kernels: dict[str, list[str]], isa: str) -> str:
     levels = ["plain", "avx2", "avx512", "avx512_bf16"]
     best = [level for level in levels[: levels.index(isa) + 1] if level in written][-1]
     return f"micro kernel ({best})"
+
+
+def _cuda_path(operator: str, cpu_kernels: Container[str], cuda_kernels: Container[str], info: dict[str, Any]) -> str:
+    """What runs on a CUDA device: the machine code and PTX that this build has, or why there is none."""
+    home = _HOME.get(operator, operator)
+    if home not in cpu_kernels:
+        return "torch functions"
+    if not info["cuda_archs"]:
+        return f"none ({info['cuda']})"
+    if home not in cuda_kernels:
+        return "none (no kernel)"
+    return f"micro kernel ({', '.join(info['cuda_archs'])})"

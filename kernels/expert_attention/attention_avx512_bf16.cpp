@@ -8,6 +8,7 @@ const AttentionKernels& attention_kernels_avx512_bf16(DType dtype) {
       return kKernels<Exact<double>>;
     case DType::kBFloat16:
       return kKernels<Paired>;
+    case DType::kFloat16:  // on CUDA only: refused by callers
     case DType::kFloat32:
       break;
   }

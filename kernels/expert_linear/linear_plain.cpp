@@ -8,6 +8,7 @@ const LinearKernels& linear_kernels_plain(DType dtype) {
       return kLinear<Exact<double>>;
     case DType::kBFloat16:
       return kLinear<Exact<uint16_t>>;
+    case DType::kFloat16:  // on CUDA only: refused by callers
     case DType::kFloat32:
       break;
   }

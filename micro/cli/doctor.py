@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from micro import cuda
+
 EXTRAS = {
     "hf": ("transformers", "tokenizers", "datasets", "accelerate", "safetensors", "pydantic", "pyarrow", "jinja2"),
     "eval": ("scipy", "statsmodels", "pandas", "lm-eval"),
@@ -39,6 +41,7 @@ def examine() -> dict[str, Any]:
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "core": _core(),
         "device": _device(),
+        "cuda": cuda.examine(),
     }
 
 
@@ -77,7 +80,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"micro      {report['micro']}",
         f"Python     {report['python']} on {report['platform']}, {report['cpus']} CPUs",
     ]
-    lines += _core_lines(report["core"], report["device"])
+    lines += _core_lines(report["core"], report["device"], report["cuda"])
     lines.append("packages   " + ", ".join(_with_version(n, v) for n, v in report["packages"].items()))
     for extra, packages in report["extras"].items():
         missing = [name for name, version in packages.items() if version is None]
@@ -86,11 +89,28 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _cuda_lines(core: dict[str, Any], device: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What was built, what the machine has, and whether torch can bring the two together."""
+    built = ", ".join(core["cuda_archs"])
+    lines = [f"CUDA       kernels {f'for {built}' if built else 'off'} ({core['cuda']})"]
+    if not found["devices"]:
+        return [*lines, f"devices    none: {found['why_none']}"]
+    for each in found["devices"]:
+        code = cuda.code_for(each["arch"], core["cuda_archs"])
+        runs = f"runs the {code} kernels" if code else "no kernel of this build fits"
+        lines.append(f"device     {each['name']} ({each['arch']}), driver for CUDA {found['driver']}: {runs}")
+    if not device["cuda"]:
+        lines.append(
+            f"           but torch {device['torch']} cannot use it: install a torch for CUDA and build again"
+        )
+    return lines
+
+
 def _with_version(name: str, version: str | None) -> str:
     return f"{name} {version}" if version else f"{name} MISSING"
 
 
-def _core_lines(core: dict[str, Any], device: dict[str, Any]) -> list[str]:
+def _core_lines(core: dict[str, Any], device: dict[str, Any], found: dict[str, Any]) -> list[str]:
     if "error" in core:
         return [f"core       NOT LOADED: {core['error']}"]
     isa = core["isa"]
@@ -98,12 +118,11 @@ def _core_lines(core: dict[str, Any], device: dict[str, Any]) -> list[str]:
         isa += f" (MICRO_ISA={core['isa_requested']} is unknown or above what this CPU has)"
     elif core["isa"] != core["isa_best"]:
         isa += f" (MICRO_ISA; this CPU has {core['isa_best']})"
-    devices = ", ".join(device["devices"]) if device["devices"] else "none"
     lines = [
         f"core       {core['version']}, {core['compiler']}, {core['build_type']}, {core['library']}",
         f"torch      built against {core['torch']}, found {device['torch']}, {device['threads']} threads",
         f"ISA        {isa}",
-        f"CUDA       kernels off ({core['cuda']}); devices: {devices}",
+        *_cuda_lines(core, device, found),
         "operators",
     ]
     width = max(len(name) for name in core["ops"])
