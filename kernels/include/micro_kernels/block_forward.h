@@ -111,8 +111,12 @@ int64_t block_forward_workspace(const BlockForwardParams& params);
 Status block_forward(const BlockForwardParams& params, char* workspace, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// Arrays of matrices lie on the host, what they point at, and everything else, on the device. The matrices of an array
+// must be one tensor [E, out, in]. kUnsupported: packed matrices, a lazy cache, another rounding than the family's, or a
+// cache whose rows an int32 cannot count.
 namespace cuda {
-Status block_forward(const BlockForwardParams& params, void* stream);
-}
+int64_t block_forward_workspace(const BlockForwardParams& params);
+Status block_forward(const BlockForwardParams& params, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace micro_kernels
