@@ -9,6 +9,7 @@
 #include "micro_kernels/sample.h"
 #include "ops/arguments.h"
 #include "ops/common.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -101,8 +102,12 @@ Tensor run(const Tensor& logits_, const SampleOptions& o) {
       .repetition_penalty = o.repetition_penalty,
       .dtype = kernel_dtype(kName, logits),
   };
-  check(kName, logits.is_cuda() ? micro_kernels::cuda::sample(params, current_stream(logits))
-                                : micro_kernels::cpu::sample(params, parallel_for));
+  if (logits.is_cuda()) {
+    const Tensor workspace = device_workspace(logits, micro_kernels::cuda::sample_workspace(params));
+    check(kName, micro_kernels::cuda::sample(params, workspace.mutable_data_ptr(), current_stream(logits)));
+  } else {
+    check(kName, micro_kernels::cpu::sample(params, parallel_for));
+  }
   return ids;
 }
 

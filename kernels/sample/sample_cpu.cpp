@@ -13,12 +13,7 @@
 
 namespace micro_kernels {
 
-double sample_uniform(int64_t seed, int64_t step) {
-  const auto low = [](int64_t x) { return static_cast<uint32_t>(x); };
-  const auto high = [](int64_t x) { return static_cast<uint32_t>(static_cast<uint64_t>(x) >> 32); };
-  const Philox words = philox({low(step), high(step), 0, 0}, {low(seed), high(seed)});
-  return static_cast<double>((uint64_t{words[0]} << 32 | words[1]) >> 11) * 0x1p-53;
-}
+double sample_uniform(int64_t seed, int64_t step) { return philox_uniform(seed, step); }
 
 namespace cpu {
 
@@ -258,6 +253,8 @@ Status sample(const SampleParams& p, const ParallelFor& parallel_for) {
       break;
     case DType::kBFloat16:
       sample_rows(p, loops.bfloat16, loops.float32, parallel_for);
+      break;
+    case DType::kFloat16:  // on CUDA only: refused by callers
       break;
   }
   return Status::kOk;

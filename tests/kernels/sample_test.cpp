@@ -1,4 +1,4 @@
-// The choice of the next token against the definition in double, for each instruction set that this CPU has.
+// The choice of the next token against the definition in double, on whichever back end this program was built for.
 
 #include "micro_kernels/sample.h"
 
@@ -10,8 +10,12 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <tuple>
 #include <vector>
 
+#include "backend.h"
+#include "elements.h"
+#include "offset.h"
 #include "sample/philox.h"
 
 namespace micro_kernels {
@@ -29,18 +33,55 @@ struct Case {
 
   int64_t rows() const { return static_cast<int64_t>(logits.size()) / vocab; }
 
+  // offset: of the first logit, in elements.
+  template <class T = float>
+  std::vector<int64_t> run(int64_t offset = 0) const {
+    const std::vector<T> stored = stored_as<T>();
+    const OffsetBuffer<T> on_device(stored, offset);
+    const Buffer<int64_t> previous_(previous), stop_ids_(stop_ids), seeds_(seeds), steps_(steps), ids(rows());
+    SampleParams p = params<T>();
+    p.logits = on_device.data();
+    p.previous = previous_.data();
+    p.stop_ids = stop_ids_.data();
+    p.seeds = seeds_.data();
+    p.steps = steps_.data();
+    p.ids = ids.data();
+    EXPECT_EQ(MICRO_RUN_WITH_WORKSPACE(sample, p), Status::kOk);
+    return ids.read();
+  }
+
   template <class T>
-  std::vector<int64_t> run_as(DType dtype) const {
+  std::vector<int64_t> run_on_cpu() const {
+    const std::vector<T> stored = stored_as<T>();
+    std::vector<int64_t> ids(static_cast<size_t>(rows()), -7);
+    SampleParams p = params<T>();
+    p.logits = stored.data();
+    p.previous = previous.data();
+    p.stop_ids = stop_ids.data();
+    p.seeds = seeds.data();
+    p.steps = steps.data();
+    p.ids = ids.data();
+    EXPECT_EQ(cpu::sample(p, serial), Status::kOk);
+    return ids;
+  }
+
+ private:
+  template <class T>
+  std::vector<T> stored_as() const {
     std::vector<T> stored;
     for (const double z : logits) stored.push_back(static_cast<T>(static_cast<float>(z)));
-    std::vector<int64_t> ids(static_cast<size_t>(rows()), -7);
-    const SampleParams p{
-        .logits = stored.data(),
-        .previous = previous.data(),
-        .stop_ids = stop_ids.data(),
-        .seeds = seeds.data(),
-        .steps = steps.data(),
-        .ids = ids.data(),
+    return stored;
+  }
+
+  template <class T>
+  SampleParams params() const {
+    return {
+        .logits = nullptr,
+        .previous = nullptr,
+        .stop_ids = nullptr,
+        .seeds = nullptr,
+        .steps = nullptr,
+        .ids = nullptr,
         .rows = rows(),
         .vocab = vocab,
         .previous_count = rows() ? static_cast<int64_t>(previous.size()) / rows() : 0,
@@ -50,12 +91,9 @@ struct Case {
         .top_p = top_p,
         .temperature = temperature,
         .repetition_penalty = penalty,
-        .dtype = dtype,
+        .dtype = kDTypeOf<T>,
     };
-    EXPECT_EQ(cpu::sample(p, serial), Status::kOk);
-    return ids;
   }
-  std::vector<int64_t> run() const { return run_as<float>(DType::kFloat32); }
 };
 
 std::vector<double> random_logits(int64_t count, unsigned seed) {
@@ -94,10 +132,14 @@ std::vector<double> shares(std::vector<double> z, int64_t top_k, double top_p, d
 
 // ---- greedy --------------------------------------------------------------------------------------------------------
 
-TEST(Greedy, IsTheLowestOfTheLargest) {
+template <class T>
+class GreedyOf : public testing::Test {};
+TYPED_TEST_SUITE(GreedyOf, DeviceElementTypes);
+
+TYPED_TEST(GreedyOf, IsTheLowestOfTheLargest) {
   for (const int64_t vocab : {1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 1000, 5000}) {
     const Case one{random_logits(3 * vocab, static_cast<unsigned>(vocab)), vocab};
-    for (const auto& ids : {one.run(), one.run_as<double>(DType::kFloat64), one.run_as<BFloat16>(DType::kBFloat16)})
+    for (const auto& ids : {one.run<TypeParam>(), one.run<TypeParam>(1)})
       for (int64_t r = 0; r < 3; ++r) {
         const auto row = one.logits.begin() + r * vocab;
         EXPECT_EQ(ids[static_cast<size_t>(r)], std::max_element(row, row + vocab) - row) << vocab;
@@ -105,14 +147,12 @@ TEST(Greedy, IsTheLowestOfTheLargest) {
   }
 }
 
-TEST(Greedy, EveryPlaceIsLookedAt) {
+TYPED_TEST(GreedyOf, EveryPlaceIsLookedAt) {
   constexpr int64_t kVocab = 83;
-  for (int64_t place = 0; place < kVocab; ++place) {
-    Case one{std::vector<double>(kVocab, -2.0), kVocab};
-    one.logits[static_cast<size_t>(place)] = -1.0;
-    EXPECT_EQ(one.run()[0], place);
-    EXPECT_EQ(one.run_as<BFloat16>(DType::kBFloat16)[0], place);
-  }
+  Case one{std::vector<double>(kVocab * kVocab, -2.0), kVocab};
+  for (size_t place = 0; place < kVocab; ++place) one.logits[place * kVocab + place] = -1.0;
+  const std::vector<int64_t> ids = one.run<TypeParam>();
+  for (int64_t place = 0; place < kVocab; ++place) EXPECT_EQ(ids[static_cast<size_t>(place)], place);
 }
 
 TEST(Greedy, NaNIsChosenOnlyWhereThereIsNothingElse) {
@@ -156,8 +196,8 @@ class Draw : public testing::TestWithParam<Options> {};
 
 // u falls into the part of [0, 1) that belongs to the id that comes out.
 template <class T>
-void expect_definition(const Options& options, DType dtype, double slack) {
-  constexpr int64_t kRows = 200;
+void expect_definition(const Options& options, double slack) {
+  constexpr int64_t kRows = kOnDevice ? 4 : 200;
   const std::vector<double> z = random_logits(options.vocab, 3);
   Case one{{}, options.vocab};
   for (int64_t r = 0; r < kRows; ++r) {
@@ -168,7 +208,7 @@ void expect_definition(const Options& options, DType dtype, double slack) {
   one.top_k = options.top_k;
   one.top_p = options.top_p;
   one.temperature = options.temperature;
-  const std::vector<int64_t> ids = one.run_as<T>(dtype);
+  const std::vector<int64_t> ids = one.run<T>();
   const std::vector<double> share = shares(z, options.top_k, options.top_p, options.temperature);
   for (size_t r = 0; r < kRows; ++r) {
     ASSERT_TRUE(ids[r] >= 0 && ids[r] < options.vocab);
@@ -181,9 +221,12 @@ void expect_definition(const Options& options, DType dtype, double slack) {
   }
 }
 
-TEST_P(Draw, FollowsTheDefinitionInFloat64) { expect_definition<double>(GetParam(), DType::kFloat64, 1e-12); }
-TEST_P(Draw, FollowsTheDefinitionInFloat32) { expect_definition<float>(GetParam(), DType::kFloat32, 1e-5); }
-TEST_P(Draw, FollowsTheDefinitionInBFloat16) { expect_definition<BFloat16>(GetParam(), DType::kBFloat16, 1e-5); }
+TEST_P(Draw, FollowsTheDefinitionInFloat64) { expect_definition<double>(GetParam(), 1e-12); }
+TEST_P(Draw, FollowsTheDefinitionInFloat32) { expect_definition<float>(GetParam(), 1e-5); }
+TEST_P(Draw, FollowsTheDefinitionInBFloat16) { expect_definition<BFloat16>(GetParam(), 1e-5); }
+#ifdef MICRO_TEST_CUDA
+TEST_P(Draw, FollowsTheDefinitionInFloat16) { expect_definition<Float16>(GetParam(), 1e-5); }
+#endif
 
 INSTANTIATE_TEST_SUITE_P(All, Draw,
                          testing::Values(Options{1, 0, 1, 1}, Options{5, 0, 1, 1}, Options{17, 0, 1, 0.5},
@@ -227,31 +270,104 @@ TEST(Draw, ExtremesAreDrawnFromWhatIsThere) {
   one.logits = {3.0, kInf, NAN, kInf, -kInf};
   for (int64_t seed = 0; seed < 20; ++seed) {
     one.seeds = {seed};
+    one.top_k = seed % 5;
+    one.top_p = seed % 2 ? 0.7 : 1;
     const int64_t id = one.run()[0];
     EXPECT_TRUE(id == 1 || id == 3);
   }
 }
 
+// A row for each of `rows` seeds.
+Case repeated(Case one, int64_t rows) {
+  const Case row = one;
+  one.logits.clear(), one.previous.clear();
+  for (int64_t r = 0; r < rows; ++r) {
+    one.logits.insert(one.logits.end(), row.logits.begin(), row.logits.end());
+    one.previous.insert(one.previous.end(), row.previous.begin(), row.previous.end());
+    one.seeds.push_back(r);
+    one.steps.push_back(0);
+  }
+  return one;
+}
+
 TEST(Draw, PenaltyAndBarComeBeforeTheTemperature) {
-  Case one{{4.0, 4.0, 4.0, 4.0}, 4, {1}, {2}, {0}, {0}};
+  Case one{{4.0, 4.0, 4.0, 4.0}, 4, {1}, {2}};
   one.temperature = 0.02;
   one.penalty = 1.5;
   one.min_new_tokens = 1;
+  constexpr int64_t kRows = kOnDevice ? 100 : 400;
   std::array<int, 4> drawn = {};
-  for (one.seeds = {0}; one.seeds[0] < 400; ++one.seeds[0]) ++drawn[static_cast<size_t>(one.run()[0])];
+  for (const int64_t id : repeated(one, kRows).run()) ++drawn[static_cast<size_t>(id)];
   EXPECT_EQ(drawn[1] + drawn[2], 0);
-  EXPECT_GT(std::min(drawn[0], drawn[3]), 140);
+  EXPECT_GT(std::min(drawn[0], drawn[3]), 0.35 * kRows);
 }
+
+// All are as likely, and a share of a quarter keeps the lowest quarter of the ids; one more where it does not come out.
+TEST(Draw, OfEqualWeightsTheLowestIdsAreKept) {
+  for (const int64_t vocab : {8, 1000, 1001}) {
+    Case one{std::vector<double>(static_cast<size_t>(vocab), 1.5), vocab};
+    one.temperature = 0.7;
+    one.top_p = 0.25;
+    const std::vector<int64_t> ids = repeated(one, 60).run();
+    const int64_t kept = (vocab + 3) / 4;
+    EXPECT_LT(*std::max_element(ids.begin(), ids.end()), kept);
+    EXPECT_GE(*std::max_element(ids.begin(), ids.end()), kept * 8 / 10);
+    EXPECT_LE(*std::min_element(ids.begin(), ids.end()), kept * 2 / 10);
+  }
+}
+
+TEST(Draw, AllThatEqualTheLeastOfTopKAreKept) {
+  Case one{{0.0, -1.0, -0.0, 0.0, -1.0}, 5};
+  one.temperature = 1;
+  one.top_k = 1;
+  std::array<int, 5> drawn = {};
+  for (const int64_t id : repeated(one, 90).run()) ++drawn[static_cast<size_t>(id)];
+  EXPECT_EQ(drawn[1] + drawn[4], 0);
+  EXPECT_GT(std::min({drawn[0], drawn[2], drawn[3]}), 15);
+}
+
+#ifdef MICRO_TEST_CUDA
+// The same ids as the CPU chooses: arithmetic that differs in its last bits moves a draw only where u lies that close
+// to a boundary, and for these seeds it does not.
+template <class T>
+class LikeTheCpu : public testing::Test {};
+TYPED_TEST_SUITE(LikeTheCpu, ElementTypes);
+
+TYPED_TEST(LikeTheCpu, EveryOptionTogether) {
+  constexpr int64_t kVocab = 12'345, kRows = 6, kPrevious = 40;
+  Case one{random_logits(kRows * kVocab, 21), kVocab};
+  one.stop_ids = {0, 7, kVocab - 1, -5, kVocab};
+  one.min_new_tokens = 3;
+  one.penalty = 1.3;
+  for (int64_t r = 0; r < kRows; ++r) {
+    one.seeds.push_back(100 + r);
+    one.steps.push_back(r);
+    for (int64_t i = 0; i < kPrevious; ++i) one.previous.push_back((r * 977 + i * i * 31) % (kVocab + 100) - 50);
+    one.logits[static_cast<size_t>(r * kVocab + 7)] = 40;  // barred in the first rows
+  }
+  EXPECT_EQ(one.run<TypeParam>(), one.template run_on_cpu<TypeParam>());
+  for (const auto& [top_k, top_p, temperature] :
+       {std::tuple(int64_t{0}, 1.0, 8.0), std::tuple(int64_t{50}, 1.0, 8.0), std::tuple(int64_t{0}, 0.95, 8.0),
+        std::tuple(int64_t{300}, 0.8, 4.0), std::tuple(int64_t{kVocab - 1}, 0.999999, 1e3)}) {
+    one.top_k = top_k;
+    one.top_p = top_p;
+    one.temperature = temperature;
+    const std::vector<int64_t> ids = one.run<TypeParam>();
+    EXPECT_EQ(ids, one.template run_on_cpu<TypeParam>()) << top_k << ", " << top_p;
+    EXPECT_EQ(ids, one.run<TypeParam>(1)) << "depends on where the logits lie";
+  }
+}
+#endif
 
 // ---- random numbers ------------------------------------------------------------------------------------------------
 
 TEST(Random, PhiloxGivesThePublishedWords) {
-  EXPECT_EQ(philox({0, 0, 0, 0}, {0, 0}), (Philox{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+  EXPECT_EQ(philox({{0, 0, 0, 0}}, {{0, 0}}), (Philox{{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}));
   constexpr uint32_t kOnes = 0xffffffff;
-  EXPECT_EQ(philox({kOnes, kOnes, kOnes, kOnes}, {kOnes, kOnes}),
-            (Philox{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
-  EXPECT_EQ(philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
-            (Philox{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+  EXPECT_EQ(philox({{kOnes, kOnes, kOnes, kOnes}}, {{kOnes, kOnes}}),
+            (Philox{{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}));
+  EXPECT_EQ(philox({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, {{0xa4093822, 0x299f31d0}}),
+            (Philox{{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}));
 }
 
 TEST(Random, UniformsAreSpreadOverTheUnitInterval) {

@@ -45,7 +45,8 @@ Status sample(const SampleParams& params, const ParallelFor& parallel_for);
 }
 
 namespace cuda {
-Status sample(const SampleParams& params, void* stream);
+int64_t sample_workspace(const SampleParams& params);  // bytes; depends on sizes and options only
+Status sample(const SampleParams& params, void* workspace, void* stream);
 }
 
 }  // namespace micro_kernels
