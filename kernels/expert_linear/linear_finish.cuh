@@ -106,7 +106,9 @@ struct LinearFinish {
     constexpr int kChunks = kTileColumns / kChunk<T> / (kGated ? 2 : 1);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
+      // Gated, eight lanes take half as many chunks of two rows: chunks of gate alone meet in half of the banks.
+      const int row = kGated ? i / (2 * kChunks) * 2 + i / 4 % 2 : i / kChunks;
+      const int chunk = kGated ? i % (2 * kChunks) / 8 * 4 + i % 4 : i % kChunks;
       if (row < range.count && column + chunk * kChunk<T> < group.out) one<kGated>(row, chunk);
     }
   }
