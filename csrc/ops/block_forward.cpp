@@ -17,10 +17,21 @@ constexpr char kName[] = "micro::block_forward";
 
 // ---- the op --------------------------------------------------------------------------------------------------------
 
+micro_kernels::Status run_cpu(const micro_kernels::BlockForwardParams& params) {
+  const Workspace workspace(micro_kernels::cpu::block_forward_workspace(params));
+  return micro_kernels::cpu::block_forward(params, workspace.data(), parallel_for);
+}
+
+micro_kernels::Status run_cuda(const micro_kernels::BlockForwardParams& params, const Tensor& x) {
+  const Tensor workspace = device_workspace(x, micro_kernels::cuda::block_forward_workspace(params));
+  return micro_kernels::cuda::block_forward(params, workspace.mutable_data_ptr(), current_stream(x));
+}
+
 Results forward(const Tensor& x_, const OptionalTensors& parameters, const Tensor& cos_, const Tensor& sin_,
                 int64_t heads, bool whole_block, double eps, int64_t slots, int64_t start, const OptionalTensor& keys,
                 const OptionalTensor& values, const OptionalTensor& mask_, const OptionalTensor& real_, int64_t k,
                 const OptionalTensors& controls, std::string_view weight_rule, bool run_router) {
+  const c10::DeviceGuard device(x_.device());
   const BlockArguments in(kName, x_, parameters, cos_, sin_, heads, whole_block, slots, start, mask_, real_, k,
                           controls);
   TORCH_CHECK_VALUE(keys.has_value() == values.has_value() && (keys || start == 0) && start >= 0, kName,
@@ -41,8 +52,7 @@ Results forward(const Tensor& x_, const OptionalTensors& parameters, const Tenso
                     .filled = nullptr,
                     .positions = nullptr,
                     .positions_stride = 0};
-  const Workspace workspace(micro_kernels::cpu::block_forward_workspace(params));
-  check_block(kName, micro_kernels::cpu::block_forward(params, workspace.data(), parallel_for), in.n.experts);
+  check_block(kName, x_.is_cuda() ? run_cuda(params, in.x) : run_cpu(params), in.n.experts);
   return {y, raw, ids, weights, probs, effective};
 }
 
@@ -53,13 +63,6 @@ Results forward_meta(const Tensor& x, const OptionalTensors& parameters, const T
   const BlockParameters p = parameters_of(kName, parameters);
   return allocate_block(x, p.gate_proj.sym_size(0).guard_int(__FILE__, __LINE__), k, !p.router_in,
                         run_router || !BlockControls(kName, controls).rows);
-}
-
-Results forward_cuda(const Tensor& x, const OptionalTensors&, const Tensor&, const Tensor&, int64_t, bool, double,
-                     int64_t, int64_t, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                     const OptionalTensor&, int64_t, const OptionalTensors&, std::string_view, bool) {
-  check(kName, micro_kernels::cuda::block_forward({}, current_stream(x)));
-  TORCH_INTERNAL_ASSERT(false, "a stand-in never succeeds");
 }
 
 auto call_forward() {
@@ -108,7 +111,7 @@ TORCH_LIBRARY_FRAGMENT(micro, m) {
 }
 TORCH_LIBRARY_IMPL(micro, Autograd, m) { m.impl("block_forward", forward_autograd); }
 TORCH_LIBRARY_IMPL(micro, CPU, m) { m.impl("block_forward", forward); }
-TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("block_forward", forward_cuda); }
+TORCH_LIBRARY_IMPL(micro, CUDA, m) { m.impl("block_forward", forward); }
 TORCH_LIBRARY_IMPL(micro, Meta, m) { m.impl("block_forward", forward_meta); }
 
 }  // namespace micro

@@ -137,7 +137,7 @@ Recorded forward_meta(const Tensor& x, const OptionalTensors& parameters, const 
 Recorded forward_cuda(const Tensor& x, const OptionalTensors&, const Tensor&, const Tensor&, int64_t, double, int64_t,
                       const OptionalTensor&, const OptionalTensor&, int64_t, const OptionalTensors&, std::string_view,
                       bool, std::string_view) {
-  check(kName, micro_kernels::cuda::block_forward({}, current_stream(x)));
+  check(kName, micro_kernels::cuda::block_train_backward({}, current_stream(x)));
   TORCH_INTERNAL_ASSERT(false, "a stand-in never succeeds");
 }
 
