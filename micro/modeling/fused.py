@@ -1,6 +1,6 @@
 """A layer is one operator call wherever nobody can see the difference: plain parameters, no hook, no adapter, no
-tracing. Without gradient :func:`micro.ops.block_forward`; with one :func:`micro.ops.block_train`, for whole-block
-experts without a cache. Results and gradients are the same, bit for bit.
+tracing. Without gradient :func:`micro.ops.block_forward`; with one, on the CPU, :func:`micro.ops.block_train`, for
+whole-block experts without a cache. Results and gradients are the same, on the CPU bit for bit, on CUDA to rounding.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
     head = int(config.head_dim or 0)
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and (x.device.type == "cpu" or (x.device.type == "cuda" and not torch.is_grad_enabled()))
         and head % 8 == 0  # what the kernels take; the separate operators copy other sizes
         and head <= 256
         and (not torch.is_grad_enabled() or cache is None)
         and (cache is None or type(cache) is MiCRoCache)
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and not torch_module._global_forward_hooks
         and not torch_module._global_forward_pre_hooks
