@@ -339,6 +339,26 @@ TYPED_TEST(Layer, TheResultMayReplaceTheInput) {
     }
 }
 
+// A token has the same bits in a prompt, in a chunk and alone, whatever stands beside it.
+TYPED_TEST(Layer, TheSplitIntoCallsChangesNoBit) {
+  using T = TypeParam;
+  const LayerParameters<T> layer(kind(true, false));
+  const int64_t width = layer.sizes.hidden;
+  LayerInputs in = random_inputs(layer.sizes, 1);
+  settle(layer, in);
+  const Cache<T> whole(layer.sizes, false), split(layer.sizes, false);
+  Call<T> all(layer, in, 0, kSlots);
+  whole.use(all.p);
+  ASSERT_EQ(run(all.p), Status::kOk);
+  for (const auto& [first, last] : {std::pair<int64_t, int64_t>{0, 5}, {5, 8}, {8, 9}}) {
+    Call<T> call(layer, in, first, last);
+    split.use(call.p);
+    ASSERT_EQ(run(call.p), Status::kOk);
+    expect_same_bits(call.y.read(), slots_of(all.y.read(), width, first, last));
+    expect_same_bits(call.raw.read(), slots_of(all.raw.read(), layer.sizes.experts, first, last));
+  }
+}
+
 // Rows behind slots of their own, the second one shorter than the call: what is not real keeps nothing.
 TYPED_TEST(Layer, RowsWithStartsOfTheirOwn) {
   using T = TypeParam;
