@@ -13,6 +13,13 @@ namespace micro_kernels::cuda {
 inline constexpr int kRouteThreads = 64;
 inline constexpr double kRouteEpsilon = 1e-9;  // of the renormalisation (model.md 2.3)
 
+// Operands of a kernel, and whether the choices are two for each token, which then move by one instruction.
+template <class Params>
+struct RouteLaunch {
+  Params op;
+  bool two;
+};
+
 __device__ inline int32_t forced_expert(const int32_t* force, int64_t stride, int64_t token) {
   return force ? load(force + token * stride) : -1;
 }
@@ -140,20 +147,93 @@ __device__ void route_token(const RouteParams& p, int64_t token) {
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteParams p) {
-  const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
-  if (token < p.tokens) route_token<T, kWidth>(p, token);
+__device__ void store_two_choices(const RouteParams& p, int64_t token,
+                                  const NewScoreRow<accumulator_t<T>, kWidth>& probs) {
+  using Acc = accumulator_t<T>;
+  const Choice<Acc> first = choose(p, token, 0, probs, {0, -1}), second = choose(p, token, 1, probs, first);
+  const Acc sum = first.value + second.value + static_cast<Acc>(kRouteEpsilon);
+  const Acc scale = p.rule == WeightRule::kProbability ? Acc(1) : sum;
+  store_vec<2>(p.ids + token * 2, Vec<int32_t, 2>{{first.id, second.id}});
+  store_vec<2>(static_cast<T*>(p.weights) + token * 2, Vec<T, 2>{{T(first.value / scale), T(second.value / scale)}});
 }
 
-// Adds dL/dq_i to dp at the chosen ids (model.md 2.10.4).
+// The choices are found twice, once for their sum: cheaper than keeping a list whose length is not known here.
 template <class T, int kWidth>
-__device__ void add_weight_gradient(const RouteBackwardParams& p, int64_t token,
-                                    const ScoreRow<accumulator_t<T>, kWidth>& probs,
-                                    NewScoreRow<accumulator_t<T>, kWidth>& dp) {
+__device__ void store_choices(const RouteParams& p, int64_t token, const NewScoreRow<accumulator_t<T>, kWidth>& probs) {
+  using Acc = accumulator_t<T>;
+  Acc scale = 1;
+  if (p.rule != WeightRule::kProbability) {
+    Acc sum = 0;
+    Choice<Acc> choice{0, -1};
+    for (int64_t i = 0; i < p.k; ++i) {
+      choice = choose(p, token, i, probs, choice);
+      sum += choice.value;
+    }
+    scale = sum + static_cast<Acc>(kRouteEpsilon);
+  }
+  Choice<Acc> choice{0, -1};
+  for (int64_t i = 0; i < p.k; ++i) {
+    choice = choose(p, token, i, probs, choice);
+    store(p.ids + token * p.k + i, choice.id);
+    store(static_cast<T*>(p.weights) + token * p.k + i, T(choice.value / scale));
+  }
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteLaunch<RouteParams> launch) {
+  using Acc = accumulator_t<T>;
+  const RouteParams& p = launch.op;
+  const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
+  if (token >= p.tokens) return;
+  NewScoreRow<Acc, kWidth> effective(static_cast<Acc*>(p.effective) + token * p.experts, p.experts);
+  NewScoreRow<Acc, kWidth> probs(static_cast<Acc*>(p.probs) + token * p.experts, p.experts);
+  if (p.rows) {
+    const ScoreRow<Acc, kWidth> rows(static_cast<const Acc*>(p.rows) + token * p.experts, p.experts);
+#pragma unroll
+    for (int e = 0; e < rows.size(); ++e) {
+      effective.set(e, rows[e]);
+      probs.set(e, rows[e]);
+    }
+  } else {
+    steer<T>(p, token, effective);
+    softmax(effective, probs);
+  }
+  effective.finish();
+  probs.finish();
+  if (launch.two)
+    store_two_choices<T>(p, token, probs);
+  else
+    store_choices<T>(p, token, probs);
+}
+
+// Adds dL/dq_i to dp at two chosen ids (model.md 2.10.4).
+template <class T, int kWidth>
+__device__ void add_two_weight_gradients(const RouteBackwardParams& p, int64_t token,
+                                         const ScoreRow<accumulator_t<T>, kWidth>& probs,
+                                         NewScoreRow<accumulator_t<T>, kWidth>& dp) {
+  using Acc = accumulator_t<T>;
+  const Vec<int32_t, 2> ids = load_vec<2>(p.ids + token * 2);
+  const Vec<T, 2> delta = load_vec<2>(static_cast<const T*>(p.grad_weights) + token * 2);
+  const Acc first = static_cast<Acc>(delta[0]), second = static_cast<Acc>(delta[1]);
+  Acc scale = 1, mean = 0;  // sum_j w_j delta_j
+  if (p.rule == WeightRule::kRenormalized) {
+    const Acc first_q = probs.at(ids[0]), second_q = probs.at(ids[1]);
+    scale = first_q + second_q + static_cast<Acc>(kRouteEpsilon);
+    mean = first_q / scale * first + second_q / scale * second;
+  }
+  dp.add(ids[0], (first - mean) / scale);
+  dp.add(ids[1], (second - mean) / scale);
+}
+
+// The same for any number of them.
+template <class T, int kWidth>
+__device__ void add_weight_gradients(const RouteBackwardParams& p, int64_t token,
+                                     const ScoreRow<accumulator_t<T>, kWidth>& probs,
+                                     NewScoreRow<accumulator_t<T>, kWidth>& dp) {
   using Acc = accumulator_t<T>;
   const T* delta = static_cast<const T*>(p.grad_weights) + token * p.k;
   const int32_t* ids = p.ids + token * p.k;
-  Acc scale = 1, mean = 0;  // sum_j w_j delta_j
+  Acc scale = 1, mean = 0;
   if (p.rule == WeightRule::kRenormalized) {
     Acc sum = 0;
     for (int64_t i = 0; i < p.k; ++i) sum += probs.at(load(ids + i));
@@ -163,14 +243,26 @@ __device__ void add_weight_gradient(const RouteBackwardParams& p, int64_t token,
   for (int64_t i = 0; i < p.k; ++i) dp.add(load(ids + i), (static_cast<Acc>(load(delta + i)) - mean) / scale);
 }
 
+__device__ inline bool ids_inside(const RouteLaunch<RouteBackwardParams>& launch, int64_t token) {
+  const RouteBackwardParams& p = launch.op;
+  const auto inside = [&p](int32_t id) { return id >= 0 && id < p.experts; };
+  if (launch.two) {
+    const Vec<int32_t, 2> ids = load_vec<2>(p.ids + token * 2);
+    return inside(ids[0]) && inside(ids[1]);
+  }
+  for (int64_t i = 0; i < p.k; ++i)
+    if (!inside(load(p.ids + token * p.k + i))) return false;
+  return true;
+}
+
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kRouteThreads) route_backward_kernel(RouteBackwardParams p) {
+__global__ void __launch_bounds__(kRouteThreads) route_backward_kernel(RouteLaunch<RouteBackwardParams> launch) {
   using Acc = accumulator_t<T>;
+  const RouteBackwardParams& p = launch.op;
   const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
   if (token >= p.tokens) return;
   // Before anything else, because an assertion is a call, and would push what is alive out of the registers.
-  for (int64_t i = 0; i < p.k; ++i)
-    assert(load(p.ids + token * p.k + i) >= 0 && load(p.ids + token * p.k + i) < p.experts);
+  assert(ids_inside(launch, token));
   const int64_t row = token * p.experts;
   NewScoreRow<Acc, kWidth> grad_z(static_cast<Acc*>(p.grad_z) + row, p.experts);  // dL/dp, then dL/dz
   fill_zero(grad_z);
@@ -184,7 +276,8 @@ __global__ void __launch_bounds__(kRouteThreads) route_backward_kernel(RouteBack
 #pragma unroll
     for (int e = 0; e < grad_z.size(); ++e) grad_z.set(e, grad_probs[e]);
   }
-  if (p.grad_weights) add_weight_gradient<T>(p, token, probs, grad_z);
+  if (p.grad_weights && launch.two) add_two_weight_gradients<T>(p, token, probs, grad_z);
+  if (p.grad_weights && !launch.two) add_weight_gradients<T>(p, token, probs, grad_z);
 
   Acc mean = 0;  // sum_e p_e dp_e; where p is 0, an infinite dp must not turn it into NaN
 #pragma unroll

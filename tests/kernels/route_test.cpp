@@ -141,8 +141,8 @@ class RouteTest : public testing::Test {
   }
 
   static Outputs<T> run_params(RouteParams params, Shape s) {
-    const Buffer<int32_t> ids(s.tokens * s.k);
-    const Buffer<T> weights(s.tokens * s.k);
+    const OffsetBuffer<int32_t> ids(s.tokens * s.k, s.offset);
+    const OffsetBuffer<T> weights(s.tokens * s.k, s.offset);
     const OffsetBuffer<Acc> probs(s.tokens * s.experts, s.offset), effective(s.tokens * s.experts, s.offset);
     params.ids = ids.data();
     params.weights = weights.data();
@@ -278,8 +278,9 @@ void RouteTest<T>::backward(const Problem<T>& problem, WeightRule rule, bool wei
   const std::vector<T> delta = random_elements<T>(s.tokens * s.k, 5);
   const std::vector<Acc> probs_slope = random_elements<Acc>(s.tokens * s.experts, 6),
                          effective_slope = random_elements<Acc>(s.tokens * s.experts, 7);
-  const Buffer<T> grad_weights(delta);
-  const Buffer<int32_t> ids(out.ids), force(problem.force);
+  const OffsetBuffer<T> grad_weights(delta, s.offset);
+  const OffsetBuffer<int32_t> ids(out.ids, s.offset);
+  const Buffer<int32_t> force(problem.force);
   const OffsetBuffer<Acc> probs(out.probs, s.offset), effective(out.effective, s.offset),
       grad_probs(probs_slope, s.offset), grad_effective(effective_slope, s.offset), grad_z(out.probs.size(), s.offset);
   ASSERT_EQ(
