@@ -184,6 +184,27 @@ struct RmsNormGainParams {
   int64_t chunk, chunks;  // rows of y in one part, and how many parts
 };
 
+// Rows of y one after the other, with the row of x and the expert of each: divisions at the first one only.
+struct RmsNormRow {
+  int64_t row, source;
+  int64_t expert = 0, left = 0;  // left: rows of y that the expert still has; unused where p.expert says it
+
+  __device__ RmsNormRow(const RmsNormBackwardParams& p, int64_t first)
+      : row(first), source(static_cast<uint32_t>(first) % static_cast<uint32_t>(p.rows)) {
+    if (p.expert) return;
+    expert = rms_norm_expert(p, first);
+    left = (expert + 1) * p.rows_per_expert - first;
+  }
+  __device__ int64_t expert_of(const RmsNormBackwardParams& p) const {
+    return p.expert ? rms_norm_expert(p, row) : expert;
+  }
+  __device__ void next(const RmsNormBackwardParams& p) {
+    ++row;
+    if (++source == p.rows) source = 0;
+    if (--left == 0) ++expert, left = p.rows_per_expert;
+  }
+};
+
 // Block (columns, expert, part): thread by thread `N` columns, the part's rows of that expert in order.
 template <class T, int N>
 __global__ void __launch_bounds__(kRmsNormThreads) rms_norm_gain_parts_kernel(RmsNormGainParams q) {
@@ -195,12 +216,11 @@ __global__ void __launch_bounds__(kRmsNormThreads) rms_norm_gain_parts_kernel(Rm
   const int64_t total = p.copies * p.rows;
   const int64_t end = (part + 1) * q.chunk < total ? (part + 1) * q.chunk : total;
   Acc sum[N] = {};
-  for (int64_t row = part * q.chunk; row < end; ++row) {
-    if (rms_norm_expert(p, row) != expert) continue;
-    const int64_t source = static_cast<uint32_t>(row) % static_cast<uint32_t>(p.rows);
-    const auto upstream = load_vec<N>(static_cast<const T*>(p.grad_y) + row * p.hidden + h);
-    const auto x = load_vec<N>(static_cast<const T*>(p.x) + source * p.hidden + h);
-    const Acc scale = load(static_cast<const Acc*>(p.inverse_rms) + source);
+  for (RmsNormRow at(p, part * q.chunk); at.row < end; at.next(p)) {
+    if (at.expert_of(p) != expert) continue;
+    const auto upstream = load_vec<N>(static_cast<const T*>(p.grad_y) + at.row * p.hidden + h);
+    const auto x = load_vec<N>(static_cast<const T*>(p.x) + at.source * p.hidden + h);
+    const Acc scale = load(static_cast<const Acc*>(p.inverse_rms) + at.source);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += static_cast<Acc>(upstream[i]) * static_cast<Acc>(x[i]) * scale;
   }
