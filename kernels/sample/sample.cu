@@ -41,8 +41,9 @@ Status sample(const SampleParams& p, void* workspace, void* stream) {
                           .scale = scale(p)};
   return dispatch_device(p.dtype, [&]<class T>() {
     parameters.in_vectors = in_vectors<T>(p.vocab, {p.logits});
-    return launch(is_greedy(p) ? greedy_kernel<T> : sample_kernel<T>, dim3(static_cast<unsigned>(p.rows)),
-                  dim3(kSampleThreads), sizeof(SampleMemory), stream, parameters);
+    const dim3 grid(static_cast<unsigned>(p.rows)), block(kSampleThreads);
+    return is_greedy(p) ? launch(greedy_kernel<T>, grid, block, sizeof(LargestMemory), stream, parameters)
+                        : launch(sample_kernel<T>, grid, block, sizeof(SampleMemory), stream, parameters);
   });
 }
 

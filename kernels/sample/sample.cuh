@@ -27,11 +27,17 @@ struct SampleLaunch {
   double scale;          // the largest weight
 };
 
+struct LargestMemory {
+  BlockSumMemory<uint64_t, kSampleThreads> order;
+  BlockSumMemory<int64_t, kSampleThreads> id;
+};
+
 struct SampleMemory {
-  BlockSumMemory<uint64_t, kSampleThreads> reduction;
-  BlockSumMemory<int64_t, kSampleThreads> least;
-  SharedArray<uint64_t, kSampleWarps * kBounds> warp_sums;
+  LargestMemory largest;
+  BlockSumMemory<uint64_t, kSampleThreads> sum;
+  SharedArray<uint64_t, kSampleThreads * kBounds> thread_sums;
   SharedArray<uint64_t, kBounds> sums;
+  SharedArray<uint64_t, kSampleWarps> pieces;
 };
 
 // ---- numbers as integers of the same order
@@ -77,16 +83,16 @@ struct Largest {
 };
 
 // Of the whole block, the lowest id of equal ones; id 0 where there is nothing but NaN.
-__device__ inline Largest largest_of_block(const Largest& own, SampleMemory& memory) {
+__device__ inline Largest largest_of_block(const Largest& own, LargestMemory& memory) {
   Largest all;
-  all.order = block_max<kSampleThreads>(own.order, memory.reduction);
-  all.id = -block_max<kSampleThreads>(own.order == all.order ? -own.id : -INT64_MAX, memory.least);
+  all.order = block_max<kSampleThreads>(own.order, memory.order);
+  all.id = -block_max<kSampleThreads>(own.order == all.order ? -own.id : -INT64_MAX, memory.id);
   if (all.order == 0) all.id = 0;
   return all;
 }
 
 template <class T>
-__device__ Largest largest_logit(const SampleLaunch& launch, int64_t row, SampleMemory& memory) {
+__device__ Largest largest_logit(const SampleLaunch& launch, int64_t row, LargestMemory& memory) {
   using Acc = accumulator_t<T>;
   constexpr int n = kVector<T>;
   const int64_t vocab = launch.params.vocab;
@@ -100,7 +106,7 @@ __device__ Largest largest_logit(const SampleLaunch& launch, int64_t row, Sample
   return largest_of_block(own, memory);
 }
 
-__device__ inline Largest largest_number(const uint64_t* numbers, int64_t count, SampleMemory& memory) {
+__device__ inline Largest largest_number(const uint64_t* numbers, int64_t count, LargestMemory& memory) {
   Largest own;
   for (int64_t v = threadIdx.x; v < count; v += kSampleThreads) own.take(load(numbers + v), v);
   return largest_of_block(own, memory);
@@ -180,20 +186,19 @@ struct Threshold {
   uint64_t from;   // and from t on
 };
 
+// Each sum is added up by a warp of its own.
 __device__ inline void sum_over_block(uint64_t (&sums)[kBounds], SampleMemory& memory) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  static_assert(kBounds <= kSampleWarps);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
 #pragma unroll
-  for (int i = 0; i < kBounds; ++i) sums[i] = warp_sum(sums[i]);
-  if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-    for (int i = 0; i < kBounds; ++i) memory.warp_sums.store(i * kSampleWarps + warp, sums[i]);
-  }
+  for (int i = 0; i < kBounds; ++i) memory.thread_sums.store(i * kSampleThreads + thread, sums[i]);
   __syncthreads();
-  if (threadIdx.x < kBounds) {
+  if (warp < kBounds) {
     uint64_t sum = 0;
-    for (int w = 0; w < kSampleWarps; ++w)
-      sum += memory.warp_sums.load(static_cast<int>(threadIdx.x) * kSampleWarps + w);
-    memory.sums.store(static_cast<int>(threadIdx.x), sum);
+#pragma unroll
+    for (int i = 0; i < kSampleWarps; ++i) sum += memory.thread_sums.load(warp * kSampleThreads + i * kWarp + lane);
+    sum = warp_sum(sum);
+    if (lane == 0) memory.sums.store(warp, sum);
   }
   __syncthreads();
 #pragma unroll
@@ -270,10 +275,10 @@ __device__ int64_t first_beyond(int64_t count, uint64_t left, const Share& share
     uint64_t sum = 0;
     for (int64_t v = begin + warp * piece + lane; v < own_end; v += kWarp) sum += share(v);
     sum = warp_sum(sum);
-    if (lane == 0) memory.warp_sums.store(static_cast<int>(warp), sum);
+    if (lane == 0) memory.pieces.store(static_cast<int>(warp), sum);
     __syncthreads();
     for (int w = 0; w < kSampleWarps; ++w) {
-      const uint64_t of_piece = memory.warp_sums.load(w);
+      const uint64_t of_piece = memory.pieces.load(w);
       if (left < of_piece) break;
       left -= of_piece;
       begin += piece;
@@ -343,7 +348,7 @@ class Draw {
       store(numbers_ + v, fixed);
       sum += fixed;
     }
-    return block_sum<kSampleThreads>(sum, memory_.reduction);
+    return block_sum<kSampleThreads>(sum, memory_.sum);
   }
 
   // What the weights of the nucleus reach together.
@@ -378,7 +383,7 @@ class Draw {
 // The largest logit as it is: one pass, no working memory.
 template <class T>
 __global__ void __launch_bounds__(kSampleThreads) greedy_kernel(SampleLaunch launch) {
-  auto& memory = shared_memory<SampleMemory>();
+  auto& memory = shared_memory<LargestMemory>();
   const int64_t row = blockIdx.x;
   const Largest largest = largest_logit<T>(launch, row, memory);
   if (threadIdx.x == 0) store(launch.params.ids + row, largest.id);
@@ -394,7 +399,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleLaunch lau
   uint64_t* const numbers = launch.numbers + row * launch.slots;
   Scores<T>(launch, row, numbers).write();
   __syncthreads();
-  const Largest largest = largest_number(numbers, p.vocab, memory);
+  const Largest largest = largest_number(numbers, p.vocab, memory.largest);
   int64_t id = largest.id;
   if (p.temperature > 0 && largest.order > order_of_infinity<Acc>(-1))
     id = Draw<Acc>(launch, row, largest, memory).id();

@@ -197,7 +197,7 @@ class Draw : public testing::TestWithParam<Options> {};
 // u falls into the part of [0, 1) that belongs to the id that comes out.
 template <class T>
 void expect_definition(const Options& options, double slack) {
-  constexpr int64_t kRows = kOnDevice ? 4 : 200;
+  constexpr int64_t kRows = kOnDevice ? 2 : 200;
   const std::vector<double> z = random_logits(options.vocab, 3);
   Case one{{}, options.vocab};
   for (int64_t r = 0; r < kRows; ++r) {
@@ -295,7 +295,7 @@ TEST(Draw, PenaltyAndBarComeBeforeTheTemperature) {
   one.temperature = 0.02;
   one.penalty = 1.5;
   one.min_new_tokens = 1;
-  constexpr int64_t kRows = kOnDevice ? 100 : 400;
+  constexpr int64_t kRows = kOnDevice ? 60 : 400;
   std::array<int, 4> drawn = {};
   for (const int64_t id : repeated(one, kRows).run()) ++drawn[static_cast<size_t>(id)];
   EXPECT_EQ(drawn[1] + drawn[2], 0);
@@ -308,11 +308,11 @@ TEST(Draw, OfEqualWeightsTheLowestIdsAreKept) {
     Case one{std::vector<double>(static_cast<size_t>(vocab), 1.5), vocab};
     one.temperature = 0.7;
     one.top_p = 0.25;
-    const std::vector<int64_t> ids = repeated(one, 60).run();
+    const std::vector<int64_t> ids = repeated(one, kOnDevice ? 16 : 60).run();
     const int64_t kept = (vocab + 3) / 4;
     EXPECT_LT(*std::max_element(ids.begin(), ids.end()), kept);
-    EXPECT_GE(*std::max_element(ids.begin(), ids.end()), kept * 8 / 10);
-    EXPECT_LE(*std::min_element(ids.begin(), ids.end()), kept * 2 / 10);
+    EXPECT_GE(*std::max_element(ids.begin(), ids.end()), kept / 2);
+    EXPECT_LT(*std::min_element(ids.begin(), ids.end()), (kept + 1) / 2);
   }
 }
 
@@ -321,9 +321,10 @@ TEST(Draw, AllThatEqualTheLeastOfTopKAreKept) {
   one.temperature = 1;
   one.top_k = 1;
   std::array<int, 5> drawn = {};
-  for (const int64_t id : repeated(one, 90).run()) ++drawn[static_cast<size_t>(id)];
+  constexpr int64_t kRows = kOnDevice ? 30 : 90;
+  for (const int64_t id : repeated(one, kRows).run()) ++drawn[static_cast<size_t>(id)];
   EXPECT_EQ(drawn[1] + drawn[4], 0);
-  EXPECT_GT(std::min({drawn[0], drawn[2], drawn[3]}), 15);
+  EXPECT_GT(std::min({drawn[0], drawn[2], drawn[3]}), kRows / 6);
 }
 
 #ifdef MICRO_TEST_CUDA
@@ -334,7 +335,7 @@ class LikeTheCpu : public testing::Test {};
 TYPED_TEST_SUITE(LikeTheCpu, ElementTypes);
 
 TYPED_TEST(LikeTheCpu, EveryOptionTogether) {
-  constexpr int64_t kVocab = 12'345, kRows = 6, kPrevious = 40;
+  constexpr int64_t kVocab = 2'001, kRows = 3, kPrevious = 40;
   Case one{random_logits(kRows * kVocab, 21), kVocab};
   one.stop_ids = {0, 7, kVocab - 1, -5, kVocab};
   one.min_new_tokens = 3;
