@@ -12,6 +12,7 @@
 
 #include "micro_kernels/expert_attention.h"
 #include "ops/linear.h"
+#include "ops/workspace.h"
 
 namespace micro {
 namespace {
@@ -166,6 +167,15 @@ void check_ran(micro_kernels::Status status) {
   check(kName, status);
 }
 
+// A launch with the working memory that it asks for.
+template <class Params>
+micro_kernels::Status on_device(int64_t (*bytes)(const Params&),
+                                micro_kernels::Status (*launch)(const Params&, void*, void*), const Params& params,
+                                const Tensor& beside) {
+  const Tensor workspace = device_workspace(beside, bytes(params));
+  return launch(params, workspace.mutable_data_ptr(), current_stream(beside));
+}
+
 // ---- forward and backward, one function for both devices -----------------------------------------------------------
 
 std::tuple<Tensor, Tensor> allocate_forward(const Tensor& q) {
@@ -189,7 +199,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
       .out = out.mutable_data_ptr(),
       .logsumexp = logsumexp.mutable_data_ptr(),
   };
-  check_ran(q.is_cuda() ? micro_kernels::cuda::expert_attention(params, current_stream(q))
+  check_ran(q.is_cuda() ? on_device(micro_kernels::cuda::expert_attention_workspace,
+                                    micro_kernels::cuda::expert_attention, params, q)
                         : micro_kernels::cpu::expert_attention(params, parallel_for));
   return {out, logsumexp};
 }
@@ -236,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out_, const Tenso
       .grad_k_strides = strides(grad_k),
       .grad_v_strides = strides(grad_v),
   };
-  check_ran(q.is_cuda() ? micro_kernels::cuda::expert_attention_backward(params, current_stream(q))
+  check_ran(q.is_cuda() ? on_device(micro_kernels::cuda::expert_attention_backward_workspace,
+                                    micro_kernels::cuda::expert_attention_backward, params, q)
                         : micro_kernels::cpu::expert_attention_backward(params, parallel_for));
   return {grad_q, grad_k, grad_v};
 }

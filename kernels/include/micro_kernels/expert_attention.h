@@ -74,9 +74,14 @@ Status expert_attention(const ExpertAttentionParams& params, const ParallelFor& 
 Status expert_attention_backward(const ExpertAttentionBackwardParams& params, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// Working memory on the device: so many bytes, aligned to 16, nullptr where none are needed. Up to four tokens of a
+// batch row take kernels of their own, which split the keys: they agree with the others to rounding, and a token's bits
+// depend neither on the batch nor on the tokens that come with it within either.
 namespace cuda {
-Status expert_attention(const ExpertAttentionParams& params, void* stream);
-Status expert_attention_backward(const ExpertAttentionBackwardParams& params, void* stream);
+int64_t expert_attention_workspace(const ExpertAttentionParams& params);
+Status expert_attention(const ExpertAttentionParams& params, void* workspace, void* stream);
+int64_t expert_attention_backward_workspace(const ExpertAttentionBackwardParams& params);
+Status expert_attention_backward(const ExpertAttentionBackwardParams& params, void* workspace, void* stream);
 }  // namespace cuda
 
 }  // namespace micro_kernels
