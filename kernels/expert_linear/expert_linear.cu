@@ -24,18 +24,12 @@ Status with_path(bool chunks, bool tf32, Body&& body) {
 // Calls body.operator()<T, rows of a tile, path>() for a product whose tiles' rows are rows of the groups.
 template <class Group, class Body>
 Status with_tile(const Group* groups, int64_t count, DType dtype, bool tf32, Body&& body) {
-  const bool few = std::all_of(groups, groups + count,
-                               [](const Group& g) { return takes_few_rows(g.rows, g.experts, g.offsets != nullptr); });
   return dispatch_device(dtype, [&]<class T>() {
     const bool chunks = all_fast<T>(groups, count);
-    if constexpr (sizeof(T) == 2) {
-      if (!chunks) return body.template operator()<T, kFewRows, Path::kAnywhere>();
-      if (few) return body.template operator()<T, kFewRows, Path::kChunks>();
-      return body.template operator()<T, kManyRows<T>, Path::kChunks>();
-    } else {
-      return with_path<T>(chunks, tf32,
-                          [&]<Path kPath>() { return body.template operator()<T, kManyRows<T>, kPath>(); });
-    }
+    if constexpr (sizeof(T) == 2)
+      if (chunks && std::all_of(groups, groups + count, [](const Group& g) { return fits_few_rows<T>(g); }))
+        return body.template operator()<T, kFewRows, Path::kChunks>();
+    return with_path<T>(chunks, tf32, [&]<Path kPath>() { return body.template operator()<T, kManyRows<T>, kPath>(); });
   });
 }
 
@@ -63,11 +57,11 @@ Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, i
 Status linear(const LinearGroup* groups, int64_t count, DType dtype, void* stream, bool tf32) {
   return with_tile(groups, count, dtype, tf32, [&]<class T, int kRows, Path kPath>() {
     for (int64_t i = 0; i < count; ++i)
-      if (groups[i].cos && (groups[i].up || !can_rotate<T>(groups[i]))) return Status::kUnsupported;
+      if (groups[i].cos && !can_rotate<T, kRows>(groups[i])) return Status::kUnsupported;
     return launch_groups<T, kRows>(
         linear_kernel<T, kRows, kPath>, groups, count, stream,
         [](const LinearGroup& g) { return row_tiles(g.rows, g.experts, g.offsets != nullptr, kRows); },
-        [](const LinearGroup& g) { return pieces(g.out, g.up ? kTileColumns / 2 : kTileColumns); });
+        [](const LinearGroup& g) { return pieces(g.out, kTileColumns<T, kRows> / (g.up ? 2 : 1)); });
   });
 }
 
@@ -78,7 +72,7 @@ Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype,
         [](const LinearGradXGroup& g) {
           return row_tiles(g.rows, g.sum_experts ? 1 : g.experts, g.offsets != nullptr, kRows);
         },
-        [](const LinearGradXGroup& g) { return pieces(g.in, kTileColumns); });
+        [](const LinearGradXGroup& g) { return pieces(g.in, kTileColumns<T, kRows>); });
   });
 }
 
@@ -88,7 +82,7 @@ Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DT
     return launch_groups<T, kRows>(
         linear_grad_weight_kernel<T, kRows, kPath>, groups, count, stream,
         [](const LinearGradWeightGroup& g) { return g.experts * pieces(g.out, kRows); },
-        [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns); });
+        [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns<T, kRows>); });
   };
   return dispatch_device(dtype, [&]<class T>() {
     return with_path<T>(all_fast<T>(groups, count), tf32,

@@ -13,7 +13,7 @@ class LinearFeed {
   using Acc = accumulator_t<T>;
   using Tile = LinearTile<T, kRows>;
   using Left = GatheredRows<T, kRows>;
-  using Right = EvenRows<T, kTileColumns>;
+  using Right = EvenRows<T, kTileColumns<T, kRows>>;
 
  public:
   __device__ __forceinline__ LinearFeed(const LinearGroup& group, const RowRange& range, int64_t column)
@@ -85,13 +85,13 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<
   const BlockPlace place = find_block(p);
   const LinearGroup& group = p.groups[place.group];
   const RowRange range = find_rows(group, static_cast<int>(group.experts), place.row_tile, kRows);
-  const int64_t column = int64_t{place.column_tile} * (group.up ? kTileColumns / 2 : kTileColumns);
+  const int64_t column = int64_t{place.column_tile} * (group.up ? kTileColumns<T, kRows> / 2 : kTileColumns<T, kRows>);
   const bool fast_result = p.fast_result[place.group];
   if (range.count == 0) return;
   LinearFeed<T, kRows, kPath != Path::kAnywhere> feed(group, range, column);
   const int64_t columns = (group.out - column) * (group.up ? 2 : 1);
-  LinearProduct<T, kRows, Along::kReduction, Along::kReduction, kPath> product(range.count,
-                                                                               rows_in_tile(columns, kTileColumns));
+  LinearProduct<T, kRows, Along::kReduction, Along::kReduction, kPath> product(
+      range.count, rows_in_tile(columns, kTileColumns<T, kRows>));
   walk<T, kRows>(shared, range.idle ? 0 : pieces(group.in, kTileSteps<T>), feed, product);
   keep_sums<T, kRows>(shared, product);
   const LinearFinish<T, kRows> finish{group, range, shared, column, fast_result};
@@ -107,7 +107,7 @@ template <class T, int kRows, bool kFast>
 class LinearGradXFeed {
   using Tile = LinearTile<T, kRows>;
   using Left = GatheredRows<T, kRows>;
-  using Right = WidthRows<T, kTileColumns>;
+  using Right = WidthRows<T, kTileColumns<T, kRows>>;
 
  public:
   __device__ __forceinline__ LinearGradXFeed(const LinearGradXGroup& group, const RowRange& range, int64_t column)
@@ -189,10 +189,10 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_x_kernel(Linear
                                         rows_in_tile(group.rows - int64_t{place.row_tile} * kRows, kRows), 0, false}
                              : find_rows(group, static_cast<int>(group.experts), place.row_tile, kRows);
   if (range.count == 0) return;
-  const int64_t column = int64_t{place.column_tile} * kTileColumns;
+  const int64_t column = int64_t{place.column_tile} * kTileColumns<T, kRows>;
   LinearGradXFeed<T, kRows, kPath != Path::kAnywhere> feed(group, range, column);
   LinearProduct<T, kRows, Along::kReduction, Along::kWidth, kPath> product(
-      range.count, rows_in_tile(group.in - column, kTileColumns));
+      range.count, rows_in_tile(group.in - column, kTileColumns<T, kRows>));
   walk<T, kRows>(shared, range.idle ? 0 : feed.tiles(), feed, product);
   keep_sums<T, kRows>(shared, product);
   LinearGradXFinish<T, kRows>{group, range, shared, column, p.fast_result[place.group]}.run();
@@ -242,7 +242,7 @@ class LinearGradWeightFeed {
 
  public:
   GatheredSteps<T, kRows, kFast> left;
-  GatheredSteps<T, kTileColumns, kFast> right;
+  GatheredSteps<T, kTileColumns<T, kRows>, kFast> right;
   int64_t next, end;  // rows
 
   __device__ __forceinline__ void look() {
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_weight_kernel(L
   const auto row_tiles = static_cast<unsigned>(pieces(group.out, kRows));
   const int expert = static_cast<int>(place.row_tile / row_tiles);
   const int64_t output = int64_t{place.row_tile % row_tiles} * kRows;
-  const int64_t column = int64_t{place.column_tile} * kTileColumns;
+  const int64_t column = int64_t{place.column_tile} * kTileColumns<T, kRows>;
   const int64_t begin = group.offsets ? load(group.offsets + expert) : 0;
   const int64_t end = group.offsets ? load(group.offsets + expert + 1) : has_rows(group.used, expert) ? group.rows : 0;
   assert(0 <= begin && begin <= end && end <= group.rows);
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_grad_weight_kernel(L
       begin,
       end};
   feed.look();
-  LinearProduct<T, kRows, Along::kWidth, Along::kWidth, kPath> product(rows_in_tile(piece.rows, kRows),
-                                                                       rows_in_tile(piece.columns, kTileColumns));
+  LinearProduct<T, kRows, Along::kWidth, Along::kWidth, kPath> product(
+      rows_in_tile(piece.rows, kRows), rows_in_tile(piece.columns, kTileColumns<T, kRows>));
   walk<T, kRows>(shared, pieces(end - begin, kTileSteps<T>), feed, product);
   if (group.accumulate) return add_matrix(product, piece, static_cast<accumulator_t<T>*>(group.grad_weight));
   keep_sums<T, kRows>(shared, product);

@@ -8,7 +8,7 @@ namespace micro_kernels::cuda {
 
 template <class T, int kRows>
 __device__ __forceinline__ int finished_place(int row, int column) {
-  return width_major<T, kTileColumns>(row, column / kChunk<T>) + column % kChunk<T>;
+  return width_major<T, kTileColumns<T, kRows>>(row, column / kChunk<T>) + column % kChunk<T>;
 }
 
 // Ends with a barrier. Begins where a walk has ended.
@@ -42,7 +42,7 @@ __device__ __forceinline__ Wide<T> widen(const Vec<T, kChunk<T>>& chunk) {
 }
 template <class T, int kRows>
 __device__ __forceinline__ Wide<T> finished_chunk(const LinearShared<T, kRows>& shared, int row, int chunk) {
-  return widen<T>(shared.cells.template load_vec<kChunk<T>>(width_major<T, kTileColumns>(row, chunk)));
+  return widen<T>(shared.cells.template load_vec<kChunk<T>>(width_major<T, kTileColumns<T, kRows>>(row, chunk)));
 }
 template <class T>
 __device__ __forceinline__ void round(Wide<T>& wide) {
@@ -103,7 +103,7 @@ struct LinearFinish {
   // A gated unit's tile holds columns of gate and up in turn (kInterleave), so half as many outputs.
   template <bool kGated>
   __device__ void run() const {
-    constexpr int kChunks = kTileColumns / kChunk<T> / (kGated ? 2 : 1);
+    constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T> / (kGated ? 2 : 1);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
       // Gated, eight lanes take half as many chunks of two rows: chunks of gate alone meet in half of the banks.
@@ -194,7 +194,7 @@ struct LinearGradXFinish {
   bool fast;
 
   __device__ void run() const {
-    constexpr int kChunks = kTileColumns / kChunk<T>;
+    constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T>;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
@@ -234,7 +234,7 @@ struct MatrixPiece {
 
 template <class T, int kRows>
 __device__ inline void store_matrix(const LinearShared<T, kRows>& shared, const MatrixPiece& piece, T* to, bool fast) {
-  constexpr int kChunks = kTileColumns / kChunk<T>;
+  constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T>;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
     const int row = i / kChunks, chunk = i % kChunks;

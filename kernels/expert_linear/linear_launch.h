@@ -23,10 +23,24 @@ bool fast_factors(const LinearGroup& g) {
          in_chunks<T>(g.in, g.x.stride, g.x_expert_stride, g.gain_expert_stride, g.weight_expert_stride);
 }
 // Heads that turn lie whole in a tile of outputs, and their halves in whole chunks.
-template <class T>
+template <class T, int kRows>
 bool can_rotate(const LinearGroup& g) {
-  return g.head_dim > 0 && kTileColumns % g.head_dim == 0 && g.head_dim % (2 * kChunk<T>) == 0 &&
-         g.out % g.head_dim == 0;
+  return g.head_dim > 0 && kTileColumns<T, kRows> % g.head_dim == 0 && g.head_dim % (2 * kChunk<T>) == 0 &&
+         g.out % g.head_dim == 0 && !g.up;
+}
+
+// Tiles of few rows: where all groups have few, and no head is wider than the tile.
+template <class Group>
+bool takes_few_rows(const Group& g) {
+  return takes_few_rows(g.rows, g.experts, g.offsets != nullptr);
+}
+template <class T>
+bool fits_few_rows(const LinearGradXGroup& g) {
+  return takes_few_rows(g);
+}
+template <class T>
+bool fits_few_rows(const LinearGroup& g) {
+  return takes_few_rows(g) && (!g.cos || can_rotate<T, kFewRows>(g));
 }
 
 template <class T>

@@ -2,9 +2,9 @@
 // Tiles of CUDA's grouped product: their sizes, which rows each of them takes, and where their elements lie in shared
 // memory. Plain functions, so that the launchers and the tests can evaluate them on the host.
 //
-// A block computes kRows x 128 outputs; along the reduction it walks in steps of 64 bytes (32 elements of 16 bits).
-// Copies, fragments of ldmatrix and stores all move chunks of 16 bytes; the swizzles below put the chunks that eight
-// lanes touch together into different banks.
+// A block computes a tile of rows x columns outputs; along the reduction it walks in steps of 64 bytes (32 elements of
+// 16 bits). Copies, fragments of ldmatrix and stores all move chunks of 16 bytes; the swizzles below put the chunks
+// that eight lanes touch together into different banks.
 
 #include <cstdint>
 
@@ -13,13 +13,24 @@
 namespace micro_kernels::cuda {
 
 inline constexpr int kLinearThreads = 128;
-inline constexpr int kTileColumns = 128;
 inline constexpr int kInterleave = 8;  // columns of gate and up that alternate in a block's tile
 
 template <class T>
 inline constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements
 template <class T>
 inline constexpr int kTileSteps = 64 / static_cast<int>(sizeof(T));
+
+// Rows of a tile. Elements of 16 bits go through the tensor cores in tiles of kManyRows or kFewRows rows; wider ones
+// through FMA units, float64 in smaller tiles because its sums take more registers.
+template <class T>
+inline constexpr int kManyRows = sizeof(T) == 2   ? 128
+                                 : sizeof(T) == 4 ? 64
+                                                  : 32;
+inline constexpr int kFewRows = 32;
+
+// Columns: fewer where few rows wait for a matrix to stream by, so that more blocks fetch it.
+template <class T, int kRows>
+inline constexpr int kTileColumns = sizeof(T) == 2 && kRows == kFewRows ? 64 : 128;
 
 // First element of a chunk of a tile [rows, kTileSteps], whose rows run along the reduction: four chunks to a row.
 template <class T>
@@ -52,7 +63,6 @@ constexpr int64_t row_tiles(int64_t rows, int64_t experts, bool offsets, int64_t
 }
 
 // Tiles of few rows read a matrix more often; tiles of many compute rows that are not there.
-inline constexpr int kFewRows = 32;
 constexpr bool takes_few_rows(int64_t rows, int64_t experts, bool offsets) {
   return rows <= 2 * int64_t{kFewRows} * (offsets ? experts : 1);
 }

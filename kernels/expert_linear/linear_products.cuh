@@ -21,9 +21,9 @@ template <class T, int kRows, Along kLeftAlong, Along kRightAlong>
 class TensorProduct {
   static constexpr int kWarpsDown = kRows == 128 ? 2 : 1;
   static constexpr int kWarpsAcross = kLinearThreads / kWarp / kWarpsDown;
-  static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = kTileColumns / kWarpsAcross;
-  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
   using Tile = LinearTile<T, kRows>;
+  static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = Tile::kColumns / kWarpsAcross;
+  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
 
  public:
   // Rows and columns of the tile that exist: the rest is left out where that is a whole fragment or warp.
@@ -114,7 +114,7 @@ class TensorProduct {
       const int from = reduction_major<T>(column + lane % 8 + matrix / 2 * 8, step / 8 + matrix % 2);
       load_matrix_x4(r, cells.at(base + from, 8));
     } else {
-      const int from = width_major<T, kTileColumns>(step + lane % 8 + matrix % 2 * 8, column / 8 + matrix / 2);
+      const int from = width_major<T, Tile::kColumns>(step + lane % 8 + matrix % 2 * 8, column / 8 + matrix / 2);
       load_matrix_x4_transposed(r, cells.at(base + from, 8));
     }
   }
@@ -131,9 +131,9 @@ class TensorProduct {
 template <class T, int kRows, Along kLeftAlong, Along kRightAlong>
 class ThreadProduct {
   static constexpr int kThreadsDown = 8, kThreadsAcross = kLinearThreads / kThreadsDown;
-  static constexpr int kDown = kRows / kThreadsDown, kAcross = kTileColumns / kThreadsAcross;
-  static constexpr int kVector = kChunk<T>;
   using Tile = LinearTile<T, kRows>;
+  static constexpr int kDown = kRows / kThreadsDown, kAcross = Tile::kColumns / kThreadsAcross;
+  static constexpr int kVector = kChunk<T>;
 
  public:
   __device__ __forceinline__ ThreadProduct(int, int) {
@@ -150,7 +150,7 @@ class ThreadProduct {
     for (int k = 0; k < kTileSteps<T>; k += kVector) {
       T left[kDown][kVector], right[kAcross][kVector];  // [.][step]
       read<kRows, kLeftAlong, kThreadsDown, kDown>(left, cells, base, down(), k);
-      read<kTileColumns, kRightAlong, kThreadsAcross, kAcross>(right, cells, base + Tile::kLeft, across(), k);
+      read<Tile::kColumns, kRightAlong, kThreadsAcross, kAcross>(right, cells, base + Tile::kLeft, across(), k);
 #pragma unroll
       for (int step = 0; step < kVector; ++step)
 #pragma unroll
@@ -214,9 +214,9 @@ class ThreadProduct {
 template <int kRows, Along kLeftAlong, Along kRightAlong>
 class Tf32Product {
   static constexpr int kWarpsDown = 2, kWarpsAcross = 2;
-  static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = kTileColumns / kWarpsAcross;
-  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
   using Tile = LinearTile<float, kRows>;
+  static constexpr int kWarpRows = kRows / kWarpsDown, kWarpColumns = Tile::kColumns / kWarpsAcross;
+  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;
 
  public:
   __device__ __forceinline__ Tf32Product(int, int) {
@@ -247,8 +247,8 @@ class Tf32Product {
       }
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
-        right[j][0] = read<kTileColumns, kRightAlong>(cells, base + Tile::kLeft, column_ + j * 8, k);
-        right[j][1] = read<kTileColumns, kRightAlong>(cells, base + Tile::kLeft, column_ + j * 8, k + 4);
+        right[j][0] = read<Tile::kColumns, kRightAlong>(cells, base + Tile::kLeft, column_ + j * 8, k);
+        right[j][1] = read<Tile::kColumns, kRightAlong>(cells, base + Tile::kLeft, column_ + j * 8, k + 4);
       }
 #pragma unroll
       for (int i = 0; i < kDown; ++i)

@@ -13,20 +13,13 @@ namespace micro_kernels::cuda {
 
 // ---- shapes --------------------------------------------------------------------------------------------------------
 
-// Rows of a block's tile, and tiles on their way at a time. Elements of 16 bits go through the tensor cores in tiles
-// of kManyRows or kFewRows rows; wider ones through FMA units, float64 in smaller tiles because its sums take more
-// registers.
-template <class T>
-inline constexpr int kManyRows = sizeof(T) == 2   ? 128
-                                 : sizeof(T) == 4 ? 64
-                                                  : 32;
-
 template <class T, int kRows>
 struct LinearTile {
-  static constexpr int kStages = kRows == 128 ? 3 : 4;
+  static constexpr int kColumns = kTileColumns<T, kRows>;
+  static constexpr int kStages = kRows == 128 ? 3 : kColumns == 128 ? 4 : 6;  // tiles on their way, and the one in use
   static constexpr int kLeft = kRows * kTileSteps<T>;  // elements of the left factor, which brings the rows
-  static constexpr int kStage = kLeft + kTileColumns * kTileSteps<T>;
-  static constexpr int kFinished = kRows * kTileColumns;
+  static constexpr int kStage = kLeft + kColumns * kTileSteps<T>;
+  static constexpr int kFinished = kRows * kColumns;
   static constexpr int kElements = kStages * kStage > kFinished ? kStages* kStage : kFinished;
 };
 

@@ -12,23 +12,23 @@
 namespace micro_kernels {
 namespace {
 
-using cuda::kTileColumns;
 using cuda::pieces;
 
 // Two experts, rows gathered and scattered.
 template <class T>
 struct Problem {
   static constexpr int64_t kExperts = 2;
-  int64_t rows, in, out, tile_rows;
+  int64_t rows, in, out, tile_rows, tile_columns;
   std::vector<int32_t> order;
   Buffer<T> x, grad_y, weight, up, y, grad_x, grad_weight;
   Buffer<int32_t> index, offsets;
 
-  Problem(int64_t n, int64_t i, int64_t o, int64_t tile)
+  Problem(int64_t n, int64_t i, int64_t o, int64_t tile, int64_t columns = 128)
       : rows(n),
         in(i),
         out(o),
         tile_rows(tile),
+        tile_columns(columns),
         order(reversed(n)),
         x(random_elements<T>(n * i, 1)),
         grad_y(random_elements<T>(n * o, 2)),
@@ -52,18 +52,18 @@ struct Problem {
   double row_tiles() const { return static_cast<double>(pieces(rows / kExperts, tile_rows)); }  // of one expert
 
   Traffic forward(bool gated) const {
-    const double columns = static_cast<double>(pieces(out, gated ? kTileColumns / 2 : kTileColumns));
+    const double columns = static_cast<double>(pieces(out, gated ? tile_columns / 2 : tile_columns));
     const double factors = bytes(rows * in), weights = (gated ? 2 : 1) * matrices();
     return {factors + weights + bytes(rows * out) + index_bytes(),
             (columns - 1) * factors + (row_tiles() - 1) * weights + columns * index_bytes()};
   }
   Traffic backward_x() const {
-    const double columns = static_cast<double>(pieces(in, kTileColumns));
+    const double columns = static_cast<double>(pieces(in, tile_columns));
     return {bytes(rows * out) + matrices() + bytes(rows * in),
             (columns - 1) * bytes(rows * out) + (row_tiles() - 1) * matrices()};
   }
   Traffic backward_weight() const {
-    const double across = static_cast<double>(pieces(in, kTileColumns)),
+    const double across = static_cast<double>(pieces(in, tile_columns)),
                  down = static_cast<double>(pieces(out, tile_rows));
     return {bytes(rows * (in + out)) + matrices(), (down - 1) * bytes(rows * in) + (across - 1) * bytes(rows * out)};
   }
@@ -93,13 +93,13 @@ void expect_few_bytes(const Problem<T>& p) {
   });
 }
 
-TEST(GroupedLinearTraffic, ManyRows) { expect_few_bytes(Problem<BFloat16>(512, 128, 256, 128)); }
+TEST(GroupedLinearTraffic, ManyRows) { expect_few_bytes(Problem<BFloat16>(512, 128, 256, cuda::kManyRows<BFloat16>)); }
 TEST(GroupedLinearTraffic, FewRows) {
-  Problem<BFloat16> p(32, 256, 128, 32);
+  Problem<BFloat16> p(32, 256, 128, cuda::kFewRows, cuda::kTileColumns<BFloat16, cuda::kFewRows>);
   cuda::LinearGroup group = p.group();
   expect_launches({p.forward(false)}, [&] { return cuda::linear(&group, 1, DType::kBFloat16, nullptr); });
 }
-TEST(GroupedLinearTraffic, Float32) { expect_few_bytes(Problem<float>(128, 128, 128, 64)); }
+TEST(GroupedLinearTraffic, Float32) { expect_few_bytes(Problem<float>(128, 128, 128, cuda::kManyRows<float>)); }
 
 // 16 bits: no two lanes ask a bank for different words at once, on the way in, in the products and on the way out.
 TEST(GroupedLinearTraffic, NoBankConflicts) {
