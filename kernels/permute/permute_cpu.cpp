@@ -75,6 +75,8 @@ Status permute_backward(const PermuteBackwardParams& p, const ParallelFor& paral
     case DType::kBFloat16:
       all_sums(p, parallel_for, loops.bfloat16);
       break;
+    case DType::kFloat16:  // on CUDA only: refused by callers
+      break;
   }
   return Status::kOk;
 }
