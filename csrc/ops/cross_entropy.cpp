@@ -173,7 +173,7 @@ void chunk_gradients_cuda(const Tensor& grad_logits, const Tensor& hidden, const
     group.sources[0] = {.grad_y = grad_y, .weight = weight.const_data_ptr(), .out = chunks.vocabulary};
     group.grad_x = {grad_hidden.mutable_data_ptr(), tokens, width};
     group.offsets = offsets, group.rows = rows, group.in = width;
-    check(kName, micro_kernels::cuda::linear_grad_x(&group, 1, dtype, current_stream(hidden)));
+    check(kName, micro_kernels::cuda::linear_grad_x(&group, 1, dtype, current_stream(hidden), tf32_allowed()));
   }
   if (chunks.weight_sum.defined()) {
     micro_kernels::cuda::LinearGradWeightGroup group;
@@ -182,7 +182,7 @@ void chunk_gradients_cuda(const Tensor& grad_logits, const Tensor& hidden, const
     group.grad_weight = chunks.weight_sum.mutable_data_ptr();
     group.offsets = offsets, group.rows = rows, group.in = width, group.out = chunks.vocabulary;
     group.accumulate = chunks.several;
-    check(kName, micro_kernels::cuda::linear_grad_weight(&group, 1, dtype, current_stream(hidden)));
+    check(kName, micro_kernels::cuda::linear_grad_weight(&group, 1, dtype, current_stream(hidden), tf32_allowed()));
   }
 }
 
@@ -206,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& hidden_, const Ten
     group.weight = weight.const_data_ptr();
     group.y = {logits.mutable_data_ptr(), nullptr, chunks.vocabulary};
     group.offsets = offsets, group.rows = rows, group.in = hidden.size(1), group.out = chunks.vocabulary;
-    check(kName, micro_kernels::cuda::linear(&group, 1, kernel_dtype(kName, hidden), current_stream(hidden)));
+    check(kName,
+          micro_kernels::cuda::linear(&group, 1, kernel_dtype(kName, hidden), current_stream(hidden), tf32_allowed()));
     chunk_losses_cuda(logits, kept.targets.const_data_ptr<int64_t>() + begin, offsets + 1,
                       losses.narrow(0, begin, rows), wanted[0] || wanted[1]);
     chunk_gradients_cuda(logits, hidden, weight, tokens, offsets, grad_hidden, chunks);

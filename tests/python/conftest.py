@@ -5,7 +5,7 @@ import random
 import socket
 
 import numpy as np
-import pretend_cuda
+import pretend_cuda  # before torch
 import pytest
 import torch
 

@@ -4,13 +4,16 @@ torch's operators on the host. ``MICRO_PRETEND_CUDA=<library> pytest -m gpu`` wi
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
+# Before torch asks for the first time whether there is CUDA: it remembers the answer.
 LIBRARY = os.environ.get("MICRO_PRETEND_CUDA")
+_loaded = ctypes.CDLL(LIBRARY) if LIBRARY else None
+
+import torch  # noqa: E402
 
 
 def install() -> bool:
@@ -20,8 +23,8 @@ def install() -> bool:
     if torch.backends.cuda.is_built():
         raise RuntimeError("MICRO_PRETEND_CUDA needs a torch without CUDA: this one has the real device")
     load = torch.ops.load_library
-    load(LIBRARY)
-    torch.ops.load_library = lambda path: None if path.endswith("libmicro.so") else load(path)
+    if hasattr(torch.ops.micro, "plan"):
+        torch.ops.load_library = lambda path: None if path.endswith("libmicro.so") else load(path)
     torch.cuda._lazy_init = lambda: None
     return True
 
