@@ -253,6 +253,38 @@ TYPED_TEST(RoutingLossTest, ALayerOfWeightZeroIsNotRead) {
   }
 }
 
+// A NaN among the logits of a real token, whatever stands beside it, shows in the loss and in that token's gradient.
+TYPED_TEST(RoutingLossTest, NaNComesOut) {
+  using T = TypeParam;
+  using Acc = accumulator_t<T>;
+  for (const int64_t experts : {4, 5}) {
+    std::vector<T> values(2 * experts, T(0.5f));
+    values[experts + 1] = T(static_cast<float>(NAN));
+    for (const int64_t e : {0, 2, 3}) values[experts + e] = T(-static_cast<float>(INFINITY));
+    const Buffer<T> logits(values), grad(2 * experts);
+    const Buffer<int64_t> labels(std::vector<int64_t>{0, 1});
+    const Buffer<Acc> loss(1), slope(std::vector<Acc>{1});
+    const auto expect_nan = [&](Status status) {
+      ASSERT_EQ(status, Status::kOk);
+      EXPECT_TRUE(std::isnan(loss.read()[0]));
+    };
+    const auto expect_nan_behind_numbers = [&](Status status) {
+      ASSERT_EQ(status, Status::kOk);
+      const std::vector<T> got = grad.read();
+      for (int64_t i = 0; i < 2 * experts; ++i) EXPECT_EQ(std::isnan(wide(got[i])), i >= experts);
+    };
+    expect_nan(
+        MICRO_RUN_WITH_WORKSPACE(z_loss, ZLossParams{logits.data(), nullptr, loss.data(), 1, 2, experts, kDTypeOf<T>}));
+    expect_nan_behind_numbers(MICRO_RUN(z_loss_backward, ZLossBackwardParams{slope.data(), logits.data(), nullptr,
+                                                                             grad.data(), 1, 2, experts, kDTypeOf<T>}));
+    expect_nan(MICRO_RUN_WITH_WORKSPACE(label_loss, LabelLossParams{logits.data(), labels.data(), nullptr, nullptr,
+                                                                    loss.data(), 1, 2, experts, kDTypeOf<T>}));
+    expect_nan_behind_numbers(
+        MICRO_RUN(label_loss_backward, LabelLossBackwardParams{slope.data(), logits.data(), labels.data(), nullptr,
+                                                               nullptr, grad.data(), 1, 2, experts, kDTypeOf<T>}));
+  }
+}
+
 TYPED_TEST(RoutingLossTest, EntropyEqualsTheDefinition) {
   for (const Shape& shape : kShapes)
     for (const bool masked : {true, false}) {
