@@ -56,24 +56,14 @@ def _compile(nvcc: str, version: str, source: str, archs: list[str], folder: Pat
         log.write_text(done.stdout + done.stderr)
         if done.returncode != 0:
             return Compiled(source, log.read_text(), "", {}, f"nvcc failed on {source}:\n{log.read_text()[-3000:]}")
-        for cubin in home.glob("*.cubin"):
-            cubin.rename(home / f"{_arch_of(cubin.name)}.cubin")
-        for ptx in home.glob("*.ptx"):
-            if _arch_of(ptx.name) == PTX.removeprefix("compute_"):
-                ptx.rename(home / "code.ptx")
         stamp.write_text(_key(version, options, dependencies))
-    cubins = {arch: home / f"{arch.removeprefix('sm_')}.cubin" for arch in archs}
-    return Compiled(source, log.read_text(), (home / "code.ptx").read_text(), cubins, "")
+    cubins = {arch: home / f"{stem}.{arch}.cubin" for arch in archs}
+    return Compiled(source, log.read_text(), (home / f"{stem}.ptx").read_text(), cubins, "")
 
 
 def _target(archs: list[str]) -> str:
     """One PTX, and machine code for each architecture from it: as the build does."""
     return f"--generate-code=arch={PTX},code=[{','.join([*archs, PTX])}]"
-
-
-def _arch_of(name: str) -> str:
-    """Of a file that nvcc kept, such as 'rms_norm.compute_90.cudafe1.sm_90.cubin'."""
-    return str(re.findall(r"(?:sm|compute)_(\d+[af]?)", name)[-1])
 
 
 def _key(version: str, options: list[str], dependencies: Path) -> str:

@@ -117,7 +117,7 @@ def mix(code: Sequence[Instruction]) -> Mix:
 def _divides(instruction: Instruction) -> bool:
     """Integer division: a call of the compiler's routine, or its inline form, which starts with a reciprocal."""
     if instruction.base == "CALL":
-        return re.search(r"__(?:div|rem)_[us]\d", instruction.operands) is not None
+        return re.search(r"_(?:div|rem)_[us]\d", instruction.operands) is not None
     return instruction.base == "I2F" and "RP" in instruction.opcode.split(".")
 
 
