@@ -9,6 +9,7 @@ namespace micro_kernels::cuda {
 
 struct BackwardArgs {
   ExpertAttentionBackwardParams p;
+  HeadCount heads;
   void* delta;    // [rows, heads]
   int64_t tiles;  // of the longest possible run, or of the keys
   bool aligned;   // every row of q, k, v, out and the gradients begins at a multiple of 16 bytes

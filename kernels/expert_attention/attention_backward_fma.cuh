@@ -39,7 +39,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_q_fma(BackwardArgs
   auto& memory = shared_memory<Memory>();
   const int head_dim = static_cast<int>(s.head_dim);
   const Place place(blockIdx.x, args.tiles, 1);
-  const Run run = find_run(s, place.head);
+  const Run run = find_run(s, args.heads, place.head);
   const int first = place.tile * kFmaRows;
   if (first >= run.rows()) return;
   memory.rows.fill(args, run, first);
@@ -93,7 +93,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv_fma(BackwardArg
   const int head_dim = static_cast<int>(s.head_dim), keys_count = static_cast<int>(s.keys);
   const Place place(blockIdx.x, args.tiles, 1);
   const int j0 = (static_cast<int>(args.tiles) - 1 - place.tile) * kFmaRows;  // the first see most queries
-  Run run = find_run(s, place.head);
+  Run run = find_run(s, args.heads, place.head);
   skip_blind(s, j0, run);
   const Sight sees{s, run.b};
   const HeadRows<const T> keys(static_cast<const T*>(args.p.k), args.p.k_strides, run);

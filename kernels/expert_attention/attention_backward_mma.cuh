@@ -41,7 +41,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_q(BackwardArgs arg
   auto& memory = shared_memory<Memory>();
   const int head_dim = static_cast<int>(s.head_dim);
   const Place place(blockIdx.x, args.tiles, 1);
-  const Run run = find_run(s, place.head);
+  const Run run = find_run(s, args.heads, place.head);
   const int first = place.tile * Memory::kRows;
   if (first >= run.rows()) return;
   memory.rows.fill(args, run, first);
@@ -102,21 +102,23 @@ template <class T, int kHead>
 struct GradKeyMemory {
   static constexpr int kKeys = kWarps * kMmaRows;
   static constexpr int kRows = kGradQueries;
+  static constexpr int kStep = kHead <= 64 ? kRows : kMmaRows;  // of them in registers at once
   static constexpr int kStages = kHead <= 128 ? 2 : 1;
   Tile<T, kHead, kKeys> k, v;
   Tile<T, kHead, kRows> q[kStages], grad_out[kStages];
   BackwardRows<float, kRows> rows[kStages];
 };
 
-// Scores of the keys of a warp, from first_key on, with the queries of a tile, to weights.
+// Scores of the keys of a warp, from first_key on, with the queries of a tile from first_row on, to weights.
 template <int kTiles, int kRows>
 __device__ __forceinline__ void weigh_queries(float (&scores)[kTiles][4], float scale, bool hide, int first_key,
-                                              const Sight& sees, const BackwardRows<float, kRows>& rows) {
+                                              const Sight& sees, const BackwardRows<float, kRows>& rows,
+                                              int first_row) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      const int row = n * kMmaColumns + fragment_column() + column;
+      const int row = first_row + n * kMmaColumns + fragment_column() + column;
       const float logsumexp = rows.logsumexp.load(row);
       const int limit = hide ? rows.rows.limit.load(row) : 0, mask_row = hide ? rows.rows.mask_row.load(row) : 0;
 #pragma unroll
@@ -132,12 +134,13 @@ __device__ __forceinline__ void weigh_queries(float (&scores)[kTiles][4], float 
 
 template <int kTiles, int kRows>
 __device__ __forceinline__ void differentiate_queries(const float (&weights)[kTiles][4], float (&grads)[kTiles][4],
-                                                      float scale, const BackwardRows<float, kRows>& rows) {
+                                                      float scale, const BackwardRows<float, kRows>& rows,
+                                                      int first_row) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      const float delta = rows.delta.load(n * kMmaColumns + fragment_column() + column);
+      const float delta = rows.delta.load(first_row + n * kMmaColumns + fragment_column() + column);
 #pragma unroll
       for (int i = column; i < 4; i += 2) grads[n][i] = weights[n][i] * (grads[n][i] - delta) * scale;
     }
@@ -149,13 +152,13 @@ __device__ __forceinline__ void differentiate_queries(const float (&weights)[kTi
 template <class T, int kHead, bool kGradK, bool kGradV>
 __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs args) {
   using Memory = GradKeyMemory<T, kHead>;
-  constexpr int kRows = Memory::kRows, kStages = Memory::kStages, kTiles = kRows / kMmaColumns;
+  constexpr int kRows = Memory::kRows, kStages = Memory::kStages, kStep = Memory::kStep;
   const ExpertAttentionShape& s = args.p.shape;
   auto& memory = shared_memory<Memory>();
   const int head_dim = static_cast<int>(s.head_dim);
   const Place place(blockIdx.x, args.tiles, 1);
   const int j0 = (static_cast<int>(args.tiles) - 1 - place.tile) * Memory::kKeys;  // the first see most queries
-  Run run = find_run(s, place.head);
+  Run run = find_run(s, args.heads, place.head);
   skip_blind(s, j0, run);
   const int own_key = warp() * kMmaRows, keys_count = static_cast<int>(s.keys);
   const Sight sees{s, run.b};
@@ -190,20 +193,23 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs ar
     const auto& rows = memory.rows[stage];
     if (j0 + own_key < rows.end.load(0)) {
       const bool hide = s.mask_kind != AttentionMask::kNone || j0 + Memory::kKeys > rows.rows.limit.load(0);
-      float weights[kTiles][4] = {};
-      uint32_t factor[kTiles / 2][4];
-      multiply_rows(weights, memory.k, own_key, memory.q[stage], 0);
-      weigh_queries(weights, static_cast<float>(s.scale * kLog2E), hide, j0 + own_key, sees, rows);
-      if constexpr (kGradV) {
-        to_factor<T>(factor, weights);
-        multiply_columns(grad_v, factor, memory.grad_out[stage], 0);
-      }
-      if constexpr (kGradK) {
-        float grads[kTiles][4] = {};
-        multiply_rows(grads, memory.v, own_key, memory.grad_out[stage], 0);
-        differentiate_queries(weights, grads, static_cast<float>(s.scale), rows);
-        to_factor<T>(factor, grads);
-        multiply_columns(grad_k, factor, memory.q[stage], 0);
+#pragma unroll 1
+      for (int row = 0; row < kRows; row += kStep) {
+        float weights[kStep / kMmaColumns][4] = {};
+        uint32_t factor[kStep / 16][4];
+        multiply_rows(weights, memory.k, own_key, memory.q[stage], row);
+        weigh_queries(weights, static_cast<float>(s.scale * kLog2E), hide, j0 + own_key, sees, rows, row);
+        if constexpr (kGradV) {
+          to_factor<T>(factor, weights);
+          multiply_columns(grad_v, factor, memory.grad_out[stage], row);
+        }
+        if constexpr (kGradK) {
+          float grads[kStep / kMmaColumns][4] = {};
+          multiply_rows(grads, memory.v, own_key, memory.grad_out[stage], row);
+          differentiate_queries(weights, grads, static_cast<float>(s.scale), rows, row);
+          to_factor<T>(factor, grads);
+          multiply_columns(grad_k, factor, memory.q[stage], row);
+        }
       }
     }
     __syncthreads();

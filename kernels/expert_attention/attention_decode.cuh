@@ -131,7 +131,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_decode(ForwardArgs args
                          static_cast<float*>(args.p.logsumexp), args.aligned);
 
   const Place place(blockIdx.x, args.tiles, args.splits);
-  const Run run = find_run(s, place.head);
+  const Run run = find_run(s, args.heads, place.head);
   const int first = place.tile * Memory::kRows;
   const int begin = place.split * kSplitKeys;
   const int all = keys_end(s, run, first, first + Memory::kRows);

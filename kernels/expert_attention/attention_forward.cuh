@@ -13,6 +13,7 @@ inline constexpr int kIdleRows = 64;  // of the plan, that one block looks after
 
 struct ForwardArgs {
   ExpertAttentionParams p;
+  HeadCount heads;
   int64_t tiles;   // of the longest possible run
   int64_t splits;  // of the keys: 1, or the blocks of one tile leave partial results
   void* partial;   // splits > 1: see Partial
@@ -156,7 +157,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs arg
   if (blockIdx.x >= busy_blocks) return clear_idle<T>(s, blockIdx.x - busy_blocks, out, logsumexp, args.aligned);
 
   const Place place(blockIdx.x, args.tiles, 1);
-  const Run run = find_run(s, place.head);
+  const Run run = find_run(s, args.heads, place.head);
   const int first = place.tile * Memory::kRows;
   if (first >= run.rows()) return;
   memory.rows.fill(s, run, first);

@@ -73,7 +73,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_fma(ForwardArgs
                          args.aligned);
 
   const Place place(blockIdx.x, args.tiles, args.splits);
-  const Run run = find_run(s, place.head);
+  const Run run = find_run(s, args.heads, place.head);
   const int first = place.tile * kFmaRows;
   const int all = keys_end(s, run, first, first + kFmaRows);
   const int begin = args.splits > 1 ? place.split * kSplitKeys : 0;

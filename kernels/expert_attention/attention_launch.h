@@ -3,6 +3,7 @@
 // work the queries need.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <vector>
@@ -16,6 +17,22 @@ inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kMmaRows = 16;      // of one tensor core product: what a warp owns
 inline constexpr int kGradQueries = 32;  // that the kernel of grad_k and grad_v takes at a time
 inline constexpr int64_t kCopyBytes = 16;
+inline constexpr size_t kMostShared =
+    99 * 1024;  // bytes of shared memory per block that every device from sm_80 on has
+
+// How many heads share a key, with the division by it as a product: exact for every row, whatever the number is.
+struct HeadCount {
+  int count;
+  int shift = 32;
+  uint64_t magic;
+
+  explicit HeadCount(const ExpertAttentionShape& s) : count(static_cast<int>(s.heads / s.groups)) {
+    while ((int64_t{1} << (shift - 32)) < count) ++shift;
+    magic = ((uint64_t{1} << shift) + count - 1) / count;
+  }
+  // row / count, for a row that is not negative.
+  MICRO_HOST_DEVICE int position(int row) const { return static_cast<int>((row * magic) >> shift); }
+};
 
 // Keys at a time: as many as registers and shared memory last for.
 template <int kHead>

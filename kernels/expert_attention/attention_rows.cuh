@@ -9,6 +9,7 @@
 
 #include "common/cuda/memory.cuh"
 #include "common/cuda/warp.cuh"
+#include "expert_attention/attention_launch.h"
 #include "micro_kernels/expert_attention.h"
 
 namespace micro_kernels::cuda {
@@ -41,21 +42,24 @@ __device__ __forceinline__ int first_token(const int32_t* tokens, int begin, int
 
 // The queries of expert e in batch row b, plan rows [begin, end), and their heads of group g.
 struct Run {
-  int b, e, g, heads;
+  const HeadCount& heads;  // of the group; in the kernel's parameters
+  int b, e, g;
   int begin, end;
   int start;  // slot of the batch row's first token
 
-  __device__ int rows() const { return (end - begin) * heads; }
+  __device__ int rows() const { return (end - begin) * heads.count; }
 };
 
 // head: (b * experts + e) * groups + g.
-__device__ __forceinline__ Run find_run(const ExpertAttentionShape& s, unsigned head) {
+__device__ __forceinline__ Run find_run(const ExpertAttentionShape& s, const HeadCount& heads, unsigned head) {
   const auto groups = static_cast<unsigned>(s.groups), experts = static_cast<unsigned>(s.experts);
-  Run run;
-  run.g = static_cast<int>(head % groups);
-  run.e = static_cast<int>(head / groups % experts);
-  run.b = static_cast<int>(head / groups / experts);
-  run.heads = static_cast<int>(s.heads / s.groups);
+  Run run{heads,
+          static_cast<int>(head / groups / experts),
+          static_cast<int>(head / groups % experts),
+          static_cast<int>(head % groups),
+          0,
+          0,
+          0};
   run.start = s.starts ? load(s.starts + run.b) : static_cast<int>(s.start);
   run.begin = load(s.offsets + run.e);
   run.end = load(s.offsets + run.e + 1);
@@ -81,7 +85,7 @@ __device__ __forceinline__ int keys_end(const ExpertAttentionShape& s, const Run
   const int last = end < run.rows() ? end : run.rows();
   if (first >= last) return 0;
   if (pairwise(s)) return static_cast<int>(s.keys);
-  return own_slot(s, run, run.begin + (last - 1) / run.heads) + 1;
+  return own_slot(s, run, run.begin + run.heads.position(last - 1)) + 1;
 }
 
 // What the queries of batch row b may see. It refers to the kernel's parameters, which take no registers.
@@ -124,11 +128,11 @@ struct RowsMemory {
       mask_row.store(r, 0);
       return;
     }
-    const int n = run.begin + at / run.heads, head = at % run.heads;
+    const int position = run.heads.position(at), head = at - position * run.heads.count, n = run.begin + position;
     const int own = own_slot(s, run, n), slot = own - run.start;
     assert(slot >= 0 && slot < s.slots && own >= 0 && own < s.keys);
     assert(n == run.begin || load(s.tokens + n - 1) < load(s.tokens + n));
-    row.store(r, n * s.heads + run.g * run.heads + head);
+    row.store(r, n * s.heads + run.g * run.heads.count + head);
     mask_row.store(r, (s.masks > 1 ? run.b * static_cast<int>(s.slots) : 0) + slot);
     limit.store(r, pairwise(s) ? static_cast<int>(s.keys) : Sight{s, run.b}.real(own) ? own + 1 : 0);
   }

@@ -15,8 +15,9 @@ int64_t splits_of(const ExpertAttentionShape& s) { return s.slots <= kFewSlots ?
 
 template <class Memory>
 Status start(void (*kernel)(ForwardArgs), int rows_of_tile, ForwardArgs args, void* stream) {
+  static_assert(sizeof(Memory) <= kMostShared);
   const ExpertAttentionShape& s = args.p.shape;
-  args.tiles = ceil_div(s.slots * (s.heads / s.groups), rows_of_tile);
+  args.tiles = ceil_div(s.slots * args.heads.count, rows_of_tile);
   const int64_t blocks = args.tiles * args.splits * s.batch * s.experts * s.groups + ceil_div(s.rows, kIdleRows);
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(Memory), stream, args);
 }
@@ -45,7 +46,8 @@ int64_t expert_attention_workspace(const ExpertAttentionParams& p) {
 Status expert_attention(const ExpertAttentionParams& p, void* workspace, void* stream) {
   const ExpertAttentionShape& s = p.shape;
   if (s.rows == 0) return Status::kOk;
-  ForwardArgs args{.p = p, .tiles = 0, .splits = splits_of(s), .partial = workspace, .aligned = false};
+  ForwardArgs args{
+      .p = p, .heads = HeadCount(s), .tiles = 0, .splits = splits_of(s), .partial = workspace, .aligned = false};
   return dispatch_device(s.dtype, [&]<class T>() {
     args.aligned =
         all_aligned({p.q, p.out}) && heads_aligned<T>(p.k, p.k_strides) && heads_aligned<T>(p.v, p.v_strides);

@@ -11,6 +11,7 @@ namespace {
 
 template <class Memory>
 Status start(void (*kernel)(BackwardArgs), int64_t tiles, BackwardArgs args, void* stream) {
+  static_assert(sizeof(Memory) <= kMostShared);
   const ExpertAttentionShape& s = args.p.shape;
   args.tiles = tiles;
   return launch(kernel, dim3(static_cast<unsigned>(tiles * s.batch * s.experts * s.groups)), dim3(kThreads),
@@ -20,7 +21,7 @@ Status start(void (*kernel)(BackwardArgs), int64_t tiles, BackwardArgs args, voi
 template <class T, int kHead>
 Status grad_q(const BackwardArgs& args, void* stream) {
   const ExpertAttentionShape& s = args.p.shape;
-  const int64_t rows = s.slots * (s.heads / s.groups);
+  const int64_t rows = s.slots * args.heads.count;
   if constexpr (sizeof(T) > 2)
     return start<GradQueryFmaMemory<T, kHead>>(attention_grad_q_fma<T, kHead>, ceil_div(rows, kFmaRows), args, stream);
   else
@@ -65,7 +66,7 @@ int64_t expert_attention_backward_workspace(const ExpertAttentionBackwardParams&
 
 Status expert_attention_backward(const ExpertAttentionBackwardParams& p, void* workspace, void* stream) {
   const ExpertAttentionShape& s = p.shape;
-  BackwardArgs args{.p = p, .delta = workspace, .tiles = 0, .aligned = false};
+  BackwardArgs args{.p = p, .heads = HeadCount(s), .delta = workspace, .tiles = 0, .aligned = false};
   return dispatch_device(s.dtype, [&]<class T>() {
     args.aligned = all_aligned({p.q, p.out, p.grad_out, p.grad_q}) && heads_aligned<T>(p.k, p.k_strides) &&
                    heads_aligned<T>(p.v, p.v_strides) && heads_aligned<T>(p.grad_k, p.grad_k_strides) &&

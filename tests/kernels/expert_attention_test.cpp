@@ -324,6 +324,19 @@ TEST(ExpertAttentionTiles, WasteLessThanAQuarter) {
     }
 }
 
+TEST(ExpertAttentionTiles, RowsFindTheirPosition) {
+  for (int64_t heads : {1, 2, 3, 7, 12, 64, 100, 4095}) {
+    ExpertAttentionShape shape{};
+    shape.heads = 5 * heads;
+    shape.groups = 5;
+    const cuda::HeadCount count(shape);
+    for (int64_t row = 0; row < std::numeric_limits<int32_t>::max(); row += row < 100000 ? 1 : 65521)
+      ASSERT_EQ(count.position(static_cast<int>(row)), row / heads) << heads << " heads, row " << row;
+    const int last = std::numeric_limits<int32_t>::max();
+    ASSERT_EQ(count.position(last), last / heads);
+  }
+}
+
 TEST(ExpertAttentionTiles, OneQueryNeedsItsKeysInWholeBlocks) {
   const cuda::TileCount one = cuda::forward_tiles({99}, 3);
   EXPECT_EQ(one.needed, 3 * 100);
