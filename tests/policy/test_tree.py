@@ -17,7 +17,7 @@ SHARED_SLICE = {"rope_table": "rope", "rope_frequencies": "rope"}
 def lists(folder):
     """The sources that a CMakeLists.txt names."""
     text = (ROOT / folder / "CMakeLists.txt").read_text()
-    return set(re.findall(r"^\s+([\w/]+(?:\.cpp)?)$", text, re.MULTILINE))
+    return set(re.findall(r"^\s+([\w/]+(?:\.cpp|\.cu)?)$", text, re.MULTILINE))
 
 
 def mentioned(text, pattern):
@@ -61,7 +61,7 @@ def test_every_definition_has_an_operator():
 
 
 def test_every_source_is_built():
-    for folder, patterns in {"kernels": ["kernels/*.cpp"], "csrc": ["csrc/*.cpp"]}.items():
+    for folder, patterns in {"kernels": ["kernels/*.cpp", "kernels/*.cu"], "csrc": ["csrc/*.cpp"]}.items():
         listed = lists(folder)
         orphans = [name(p) for p in tracked(*patterns) if str(p.relative_to(ROOT / folder)) not in listed]
         assert orphans == []
