@@ -84,7 +84,7 @@ def model_of(backbone: str, kind: str, dtype: torch.dtype = torch.bfloat16, **fi
     """On cuda, under the mode that is on."""
     config = small_config(backbone, kind, **fields)
     with torch.device("cuda"):
-        return MiCRoForCausalLM(config).to(dtype)
+        return MiCRoForCausalLM._from_config(config, dtype=dtype)
 
 
 def ids_of(rows: int = 2, slots: int = 9) -> torch.Tensor:
