@@ -12,13 +12,13 @@ bool all_fast(const Group* groups, int64_t count) {
   return std::all_of(groups, groups + count, [](const Group& g) { return fast_factors<T>(g); });
 }
 
-// Calls body.operator()<path>().
+// Calls body.operator()<rows of a tile, path>() with those of many rows.
 template <class T, class Body>
-Status with_path(bool chunks, bool tf32, Body&& body) {
-  if (!chunks) return body.template operator()<Path::kAnywhere>();
+Status with_many_rows(bool chunks, bool tf32, Body&& body) {
+  if (!chunks) return body.template operator()<kSlowRows<T>, Path::kAnywhere>();
   if constexpr (std::is_same_v<T, float>)
-    if (tf32) return body.template operator()<Path::kTf32>();
-  return body.template operator()<Path::kChunks>();
+    if (tf32) return body.template operator()<kManyRows<T>, Path::kTf32>();
+  return body.template operator()<kManyRows<T>, Path::kChunks>();
 }
 
 // Calls body.operator()<T, rows of a tile, path>() for a product whose tiles' rows are rows of the groups.
@@ -29,7 +29,8 @@ Status with_tile(const Group* groups, int64_t count, DType dtype, bool tf32, Bod
     if constexpr (sizeof(T) == 2)
       if (chunks && std::all_of(groups, groups + count, [](const Group& g) { return fits_few_rows<T>(g); }))
         return body.template operator()<T, kFewRows, Path::kChunks>();
-    return with_path<T>(chunks, tf32, [&]<Path kPath>() { return body.template operator()<T, kManyRows<T>, kPath>(); });
+    return with_many_rows<T>(chunks, tf32,
+                             [&]<int kRows, Path kPath>() { return body.template operator()<T, kRows, kPath>(); });
   });
 }
 
@@ -77,16 +78,13 @@ Status linear_grad_x(const LinearGradXGroup* groups, int64_t count, DType dtype,
 }
 
 Status linear_grad_weight(const LinearGradWeightGroup* groups, int64_t count, DType dtype, void* stream, bool tf32) {
-  const auto run = [&]<class T, Path kPath>() {
-    constexpr int kRows = kManyRows<T>;
-    return launch_groups<T, kRows>(
-        linear_grad_weight_kernel<T, kRows, kPath>, groups, count, stream,
-        [](const LinearGradWeightGroup& g) { return g.experts * pieces(g.out, kRows); },
-        [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns<T, kRows>); });
-  };
   return dispatch_device(dtype, [&]<class T>() {
-    return with_path<T>(all_fast<T>(groups, count), tf32,
-                        [&]<Path kPath>() { return run.template operator()<T, kPath>(); });
+    return with_many_rows<T>(all_fast<T>(groups, count), tf32, [&]<int kRows, Path kPath>() {
+      return launch_groups<T, kRows>(
+          linear_grad_weight_kernel<T, kRows, kPath>, groups, count, stream,
+          [](const LinearGradWeightGroup& g) { return g.experts * pieces(g.out, kRows); },
+          [](const LinearGradWeightGroup& g) { return pieces(g.in, kTileColumns<T, kRows>); });
+    });
   });
 }
 

@@ -27,6 +27,9 @@ inline constexpr int kManyRows = sizeof(T) == 2   ? 128
                                  : sizeof(T) == 4 ? 64
                                                   : 32;
 inline constexpr int kFewRows = 32;
+// Where factors do not lie in chunks of 16 bytes: copies by elements take registers too.
+template <class T>
+inline constexpr int kSlowRows = sizeof(T) == 2 ? 64 : kManyRows<T>;
 
 // Columns: fewer where few rows wait for a matrix to stream by, so that more blocks fetch it.
 template <class T, int kRows>
