@@ -84,33 +84,27 @@ __device__ __forceinline__ void merge_warps(Memory& memory, float (&sums)[kHead 
 // memory.out to the output, or to the partial results of the block's split.
 template <class T, int kHead, class Memory>
 __device__ __forceinline__ void store_merged(const ForwardArgs& args, const Memory& memory, int64_t split) {
+  constexpr int kWidth = 4;
   const int head_dim = static_cast<int>(args.p.shape.head_dim);
   const Partial<float> partial(args);
-  for (int i = static_cast<int>(threadIdx.x); i < kMmaRows * kHead / 8; i += kThreads) {
-    const int r = i / (kHead / 8), d = i % (kHead / 8) * 8;
+  for (int i = static_cast<int>(threadIdx.x); i < kMmaRows * kHead / kWidth; i += kThreads) {
+    const int r = i / (kHead / kWidth), d = i % (kHead / kWidth) * kWidth;
     const int64_t row = memory.rows.row.load(r);
     if (row < 0 || d >= head_dim) continue;
     float most, sum;
     merged_row(memory, r, most, sum);
-    const Vec<float, 4> low = memory.out.template load_vec<4>(r * Memory::kOutStep + d);
-    const Vec<float, 4> high = memory.out.template load_vec<4>(r * Memory::kOutStep + d + 4);
+    const Vec<float, kWidth> total = memory.out.template load_vec<kWidth>(r * Memory::kOutStep + d);
     if (args.splits > 1) {
-      float* to = partial.out_at(split, row) + d;
-      store_vec<4>(to, low);
-      store_vec<4>(to + 4, high);
-      if (d == 0) {
-        store(partial.most + split * partial.rows + row, most);
-        store(partial.sum + split * partial.rows + row, sum);
-      }
+      store_vec<kWidth>(partial.out_at(split, row) + d, total);
+      if (d > 0) continue;
+      store(partial.most + split * partial.rows + row, most);
+      store(partial.sum + split * partial.rows + row, sum);
       continue;
     }
     const float divisor = sum == 0 ? 0 : 1 / sum;
-    Vec<T, 8> value;
+    Vec<T, kWidth> value;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      value[e] = T(low[e] * divisor);
-      value[e + 4] = T(high[e] * divisor);
-    }
+    for (int e = 0; e < kWidth; ++e) value[e] = T(total[e] * divisor);
     write_chunk(static_cast<T*>(args.p.out) + row * head_dim + d, args.aligned, value);
     if (d == 0)
       store(static_cast<float*>(args.p.logsumexp) + row,
