@@ -120,6 +120,17 @@ struct Buffers {
   }
 };
 
+template <int N>
+bool turns_in_vectors(const TurnStep& t) {
+  for (const void* base : {t.queries.to, t.keys.to, t.values.to})
+    if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
+  for (const void* base : {t.queries.gain, t.keys.gain, t.cos, t.sin})
+    if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
+  for (const HeadStrides& s : {t.key_strides, t.value_strides})
+    if (s.batch % N != 0 || s.expert % N != 0 || s.group % N != 0 || s.key % N != 0) return false;
+  return t.head_dim / 2 % N == 0;
+}
+
 class Layer {
  public:
   Layer(const BlockForwardParams& params, void* workspace, void* stream)
@@ -147,8 +158,7 @@ class Layer {
     return q_ && k_ && v_ && o_ && gate_ && up_ && down_ && router && places_fit();
   }
 
-  // ---- two kinds of layers
-  // -------------------------------------------------------------------------------------------
+  // ---- two kinds of layers -----------------------------------------------------------------------------------------
 
   Status whole_block() {
     MICRO_RETURN_IF_FAILS(router_in(p_.x));
@@ -184,15 +194,14 @@ class Layer {
     return add_up_mixture();
   }
 
-  // ---- the decision
-  // --------------------------------------------------------------------------------------------------
+  // ---- the decision ------------------------------------------------------------------------------------------------
 
   Status router_in(const void* x) {
     if (!n_.runs_router || n_.folded) return Status::kOk;
     LinearGroup g = product({x, nullptr, s_.hidden}, p_.weights.router_in.data, 0, {m_.mid, nullptr, s_.router_hidden},
                             s_.hidden, s_.router_hidden);
     g.rows = n_.tokens;
-    return linear(&g, 1, s_.dtype, stream_);
+    return linear(&g, 1, s_.dtype, stream_, p_.tf32);
   }
 
   TokenStep statistics(const void* x, int64_t rows, void* inverse_rms) const {
@@ -258,8 +267,7 @@ class Layer {
                 stream_);
   }
 
-  // ---- queries, keys and values
-  // --------------------------------------------------------------------------------------
+  // ---- queries, keys and values ------------------------------------------------------------------------------------
 
   HeadStrides strides_of(const HeadStrides& cached) const {
     if (p_.cache.k) return cached;
@@ -350,7 +358,7 @@ class Layer {
     turn(groups[1]);
     groups[2] = key_product(v_, stored_values(), strides_of(p_.cache.v_strides), m_.value_rows,
                             n_.turns_values ? m_.v : nullptr);
-    MICRO_RETURN_IF_FAILS(linear(groups, 3, s_.dtype, stream_));
+    MICRO_RETURN_IF_FAILS(linear(groups, 3, s_.dtype, stream_, p_.tf32));
     return n_.turns ? turn_rows() : Status::kOk;
   }
 
@@ -376,29 +384,12 @@ class Layer {
         .head_dim = s_.head_dim,
         .eps = s_.eps,
         .rounding = s_.rounding,
+        .backwards = false,
     };
-    const dim3 grid = rows_grid(n_.queries + key_rows + step.values.rows), block(kRowThreads);
-    return dispatch_device(s_.dtype, [&]<class T>() {
-      // Half a head is a multiple of four elements.
-      constexpr int kN = std::min(4, kVector<T>);
-      if (turns_in_vectors<kN>(step)) return launch(block_turn_kernel<T, kN>, grid, block, stream_, step);
-      return launch(block_turn_kernel<T, 1>, grid, block, stream_, step);
-    });
+    return start_turn(step, s_.dtype, stream_);
   }
 
-  template <int N>
-  static bool turns_in_vectors(const TurnStep& t) {
-    for (const void* base : {t.queries.to, t.keys.to, t.values.to})
-      if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
-    for (const void* base : {t.queries.gain, t.keys.gain, t.cos, t.sin})
-      if (reinterpret_cast<uintptr_t>(base) % 16 != 0) return false;
-    for (const HeadStrides& s : {t.key_strides, t.value_strides})
-      if (s.batch % N != 0 || s.expert % N != 0 || s.group % N != 0 || s.key % N != 0) return false;
-    return t.head_dim / 2 % N == 0;
-  }
-
-  // ---- attention
-  // -----------------------------------------------------------------------------------------------------
+  // ---- attention ---------------------------------------------------------------------------------------------------
 
   const int32_t* query_tokens() const { return s_.whole_block ? m_.tokens : m_.everyone; }
   const int32_t* query_offsets() const { return s_.whole_block ? m_.offsets : m_.whole; }
@@ -422,7 +413,7 @@ class Layer {
     g.offsets = query_offsets();
     g.rows = n_.queries;
     if (!s_.post_norm) g.residual = {p_.x, query_tokens(), s_.hidden};
-    MICRO_RETURN_IF_FAILS(linear(&g, 1, s_.dtype, stream_));
+    MICRO_RETURN_IF_FAILS(linear(&g, 1, s_.dtype, stream_, p_.tf32));
     if (!s_.post_norm) return Status::kOk;
     JoinStep sum = join(p_.x, m_.behind, p_.weights.post_attention_norm, m_.u, n_.queries);
     sum.a_index = query_tokens();
@@ -430,8 +421,7 @@ class Layer {
     return start(sum);
   }
 
-  // ---- feed-forward and what follows
-  // ---------------------------------------------------------------------------------
+  // ---- feed-forward and what follows -------------------------------------------------------------------------------
 
   Status norm_mixture_input() {
     const void* gain = p_.weights.post_attention_norm;
@@ -472,11 +462,11 @@ class Layer {
       both[0].y.data = p_.saved->gate;
       both[1].y.data = p_.saved->up;
       both[1].weight = up_;
-      MICRO_RETURN_IF_FAILS(linear(both, 2, s_.dtype, stream_));
+      MICRO_RETURN_IF_FAILS(linear(both, 2, s_.dtype, stream_, p_.tf32));
       MICRO_RETURN_IF_FAILS(swiglu({p_.saved->gate, p_.saved->up, m_.inner, n_.pairs * s_.inner, s_.dtype}, stream_));
     } else {
       g.up = up_;
-      MICRO_RETURN_IF_FAILS(linear(&g, 1, s_.dtype, stream_));
+      MICRO_RETURN_IF_FAILS(linear(&g, 1, s_.dtype, stream_, p_.tf32));
     }
     return last_matrix();
   }
@@ -489,7 +479,7 @@ class Layer {
       g.scale = {p_.route.weights, m_.tokens, 1};
       g.y = {s_.whole_block ? p_.y : m_.mixture, m_.tokens, s_.hidden};
     }
-    return linear(&g, 1, s_.dtype, stream_);
+    return linear(&g, 1, s_.dtype, stream_, p_.tf32);
   }
 
   // y = sum over a token's experts of weight * (u + feed-forward).
@@ -563,6 +553,16 @@ class Layer {
 };
 
 }  // namespace
+
+Status start_turn(const TurnStep& step, DType dtype, void* stream) {
+  const dim3 grid = rows_grid(step.queries.rows + step.keys.rows + step.values.rows), block(kRowThreads);
+  return dispatch_device(dtype, [&]<class T>() {
+    // Half a head is a multiple of four elements.
+    constexpr int kN = std::min(4, kVector<T>);
+    if (turns_in_vectors<kN>(step)) return launch(block_turn_kernel<T, kN>, grid, block, stream, step);
+    return launch(block_turn_kernel<T, 1>, grid, block, stream, step);
+  });
+}
 
 int64_t block_forward_workspace(const BlockForwardParams& params) {
   DeviceArena arena(nullptr);

@@ -54,8 +54,7 @@ __device__ __forceinline__ T normed(accumulator_t<T> x, accumulator_t<T> scale, 
   return T(value * gain);
 }
 
-// ---- one token: statistic, places, decision
-// --------------------------------------------------------------------------
+// ---- one token: statistic, places, decision ------------------------------------------------------------------------
 
 // Where the keys and values of a token go: rows of `unit` elements, as the grouped product counts them.
 struct KeyPlaces {
@@ -134,7 +133,7 @@ __device__ __forceinline__ void make_logits(const TokenStep& p, int64_t token) {
 }
 
 template <class T, class Logit, int N, int kWidth>
-__global__ void __launch_bounds__(kRowThreads) block_token_kernel(TokenStep p) {
+__global__ void __launch_bounds__(kRowThreads, 1) block_token_kernel(TokenStep p) {
   using Acc = accumulator_t<T>;
   const int64_t token = warp_row();
   const int lane = warp_lane();
@@ -156,8 +155,7 @@ __global__ void __launch_bounds__(kRowThreads) block_token_kernel(TokenStep p) {
   if (p.decides) route_token<T, kWidth, Logit>(p.route, token);
 }
 
-// ---- queries, keys and values that the product could not put where they belong
-// -----------------------------------------
+// ---- queries, keys and values that the product could not put where they belong -------------------------------------
 
 // Heads of a row, one behind the other, that are normed (gain != nullptr), turned (turns), and stored at `to`, heads
 // `head_stride` apart.
@@ -183,7 +181,10 @@ struct TurnStep {
   int64_t positions, head_dim;
   double eps;
   GainRounding rounding;
+  bool backwards;  // by the opposite angle
 };
+
+Status start_turn(const TurnStep& step, DType dtype, void* stream);  // block_forward.cu
 
 template <class T, int N>
 __device__ __forceinline__ void turn_pairs(const TurnStep& p, int64_t at, accumulator_t<T> (&a)[N],
@@ -194,9 +195,9 @@ __device__ __forceinline__ void turn_pairs(const TurnStep& p, int64_t at, accumu
   load_wide<N>(static_cast<const Acc*>(p.sin) + at, sin);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const Acc x = a[i], y = b[i];
-    a[i] = x * cos[i] - y * sin[i];
-    b[i] = y * cos[i] + x * sin[i];
+    const Acc x = a[i], y = b[i], turn = p.backwards ? -sin[i] : sin[i];
+    a[i] = x * cos[i] - y * turn;
+    b[i] = y * cos[i] + x * turn;
   }
 }
 
@@ -261,8 +262,7 @@ __global__ void __launch_bounds__(kRowThreads) block_turn_kernel(TurnStep p) {
   if (row < p.values.rows) turn_key<T, N>(p, p.values, row, p.value_strides);
 }
 
-// ---- a residual, a norm in front of it, a weight behind it
-// -------------------------------------------------------------
+// ---- a residual, a norm in front of it, a weight behind it ---------------------------------------------------------
 
 // y[o] = (a[i] + norm(b[n])) * scale[o], each step rounded: i = a_index[n] or n, o = y_index[n] or n, expert[n] or 0.
 struct JoinStep {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <random>
 #include <string>
@@ -39,8 +40,22 @@ inline Doubles random_doubles(int64_t count, unsigned seed, double scale, double
   return values;
 }
 
-// The parameters of a layer, rounded to T, and where the kernels find them.
+// As Buffer, for the CPU's kernels on every back end.
 template <class T>
+class HostArray {
+ public:
+  explicit HostArray(int64_t count) : values_(count) { std::memset(values_.data(), 0xff, count * sizeof(T)); }
+  HostArray(const std::vector<T>& values) : values_(values) {}  // NOLINT
+  T* data() const { return const_cast<T*>(values_.data()); }
+  int64_t size() const { return static_cast<int64_t>(values_.size()); }
+  std::vector<T> read() const { return values_; }
+
+ private:
+  std::vector<T> values_;
+};
+
+// The parameters of a layer, rounded to Rounded, and where the kernels find them.
+template <class T, template <class> class Memory = Buffer, class Rounded = T>
 struct LayerParameters {
   LayerSizes sizes;
   LayerWeights weights;
@@ -104,14 +119,13 @@ struct LayerParameters {
             .k_norm = post ? buffers[13].data() : nullptr};
   }
 
-  std::vector<Buffer<T>> buffers;  // in the order of LayerWeights
+  std::vector<Memory<T>> buffers;  // in the order of LayerWeights
   std::vector<Matrix> q, k, v, o, gate, up, down;
 
  private:
   void add(Doubles& to, const Doubles& values) {
-    const auto stored = rounded_to<T>(values);
-    buffers.emplace_back(stored);
-    to = as_doubles(stored);
+    to = as_doubles(rounded_to<Rounded>(values));
+    buffers.emplace_back(rounded_to<T>(to));
   }
   std::vector<Matrix> matrices(size_t number, int64_t experts) const {
     std::vector<Matrix> list(experts);

@@ -102,6 +102,7 @@ struct BlockForwardParams {
                             // and where route.rows are given the router does not run
   int64_t* regions;         // counts parallel regions that had more than one piece of work; or nullptr
   const BlockSaved* saved = nullptr;  // a backward pass will follow
+  bool tf32 = false;                  // CUDA only: factors of float32 may be rounded to 10 bits
 };
 
 namespace cpu {

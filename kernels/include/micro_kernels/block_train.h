@@ -45,6 +45,7 @@ struct BlockTrainBackwardParams {
   const void* grad_y;         // [T, H], or nullptr: zero
   const void* grad_raw;       // [T, E], element type, or nullptr: zero
   BlockGradients grad;
+  bool tf32 = false;  // CUDA only: factors of float32 may be rounded to 10 bits
 };
 
 namespace cpu {
@@ -53,8 +54,12 @@ int64_t block_train_backward_workspace(const BlockTrainBackwardParams& params);
 Status block_train_backward(const BlockTrainBackwardParams& params, char* workspace, const ParallelFor& parallel_for);
 }  // namespace cpu
 
+// As block_forward. kUnsupported: post_norm, and weights as there. A renormalised weight of a token's only expert counts as
+// constant without a look at its probability, unless saved.out is given or the element is float64: keep the outputs where
+// an expert may be chosen whose probability is below 1/32.
 namespace cuda {
-Status block_train_backward(const BlockTrainBackwardParams& params, void* stream);
-}
+int64_t block_train_backward_workspace(const BlockTrainBackwardParams& params);
+Status block_train_backward(const BlockTrainBackwardParams& params, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace micro_kernels

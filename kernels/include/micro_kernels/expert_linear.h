@@ -133,7 +133,7 @@ Status expert_linear_backward(const ExpertLinearBackwardParams& params, void* st
 // (strides in elements). An index < 0 in what is read (not residual and scale) means a row of zeros.
 // Anything is right; fast are pointers aligned to 16 bytes with widths and strides of multiples of 16 bytes.
 
-inline constexpr int kMostGroups = 4;
+inline constexpr int kMostGroups = 5;
 inline constexpr int kMostSources = 4;
 
 // y = x weight^T, and then what is asked for, each step rounded to the element type as the separate operators do:
