@@ -42,9 +42,12 @@ class LinearFeed {
     for (int i = 0; i < Left::Places::kCount; ++i) {
       const int place = stage * Tile::kStage + Left::template place<T>(i);
       Wide<T> values = widen<T>(cells.template load_vec<kChunk<T>>(place));
+#pragma unroll
+      for (int v = 0; v < kChunk<T>; ++v) values.v[v] *= inverse_rms_[i];
+      round<T>(values);
       Vec<T, kChunk<T>> normed;
 #pragma unroll
-      for (int v = 0; v < kChunk<T>; ++v) normed[v] = T(static_cast<Acc>(T(values.v[v] * inverse_rms_[i])) * gain.v[v]);
+      for (int v = 0; v < kChunk<T>; ++v) normed[v] = T(values.v[v] * gain.v[v]);
       cells.template store_vec<kChunk<T>>(place, normed);
     }
   }

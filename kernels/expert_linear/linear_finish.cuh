@@ -44,11 +44,22 @@ template <class T, int kRows>
 __device__ __forceinline__ Wide<T> finished_chunk(const LinearShared<T, kRows>& shared, int row, int chunk) {
   return widen<T>(shared.cells.template load_vec<kChunk<T>>(width_major<T, kTileColumns<T, kRows>>(row, chunk)));
 }
+// To the element type and back. Two of 16 bits are converted by one instruction if they come as a pair.
 template <class T>
 __device__ __forceinline__ void round(Wide<T>& wide) {
   using Acc = accumulator_t<T>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
 #pragma unroll
-  for (int i = 0; i < kChunk<T>; ++i) wide.v[i] = static_cast<Acc>(T(wide.v[i]));
+    for (int i = 0; i < kChunk<T>; i += 2) {
+      const Vec<T, 2> pair{T(wide.v[i]), T(wide.v[i + 1])};
+      const auto word = __builtin_bit_cast(uint32_t, pair);
+      wide.v[i] = __builtin_bit_cast(float, word << 16);
+      wide.v[i + 1] = __builtin_bit_cast(float, word & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) wide.v[i] = static_cast<Acc>(T(wide.v[i]));
+  }
 }
 
 // Elements [0, left) of a chunk; the others are 0.
@@ -155,8 +166,7 @@ struct LinearFinish {
     const int inside = chunk * kChunk<T> & (2 * half - 1);
     const bool low = inside < half;
     const Wide<T> other = finished_chunk(shared, row, low ? chunk + half / kChunk<T> : chunk - half / kChunk<T>);
-    const int64_t source = place_of(group.x.index, n);
-    const int64_t position = group.position ? load(group.position + source) : source % group.positions;
+    const int64_t position = position_of(n);
     assert(position >= 0 && position < group.positions);
     const int64_t angle = position * half + (low ? inside : inside - half);
     const Acc* cos = static_cast<const Acc*>(group.cos) + angle;
@@ -165,6 +175,14 @@ struct LinearFinish {
       const Acc turned = other.v[i] * load(sin + i);
       return low ? values.v[i] * load(cos + i) - turned : values.v[i] * load(cos + i) + turned;
     });
+  }
+
+  // Rows and positions are counted in 32 bits, where a remainder is cheap. A row of zeros turns anywhere.
+  __device__ __forceinline__ int64_t position_of(int64_t n) const {
+    const int64_t source = place_of(group.x.index, n);
+    if (source < 0) return 0;
+    if (group.position) return load(group.position + source);
+    return static_cast<unsigned>(source) % static_cast<unsigned>(group.positions);
   }
 
   __device__ __forceinline__ void put(const Wide<T>& values, int64_t n, int64_t at, int64_t left) const {
