@@ -40,54 +40,30 @@ __device__ __forceinline__ Acc adamw(Acc gradient, Acc& first, Acc& second, Acc 
   return value * f.decay - f.step_size * first / (sqrt(second) * f.inverse_root + f.eps);
 }
 
-// kCount neighbours in vectors of 16 bytes, or in less where they are fewer.
-template <int kCount, class U>
-inline constexpr int kPart = kCount < kVector<U> ? kCount : kVector<U>;
-
-template <int kCount, class U>
-__device__ __forceinline__ void load_all(const U* from, U (&values)[kCount]) {
-  constexpr int n = kPart<kCount, U>;
-#pragma unroll
-  for (int part = 0; part < kCount; part += n) {
-    const Vec<U, n> loaded = load_vec<n>(from + part);
-#pragma unroll
-    for (int i = 0; i < n; ++i) values[part + i] = loaded[i];
-  }
-}
-template <int kCount, class U>
-__device__ __forceinline__ void store_all(U* to, const U (&values)[kCount]) {
-  constexpr int n = kPart<kCount, U>;
-#pragma unroll
-  for (int part = 0; part < kCount; part += n) {
-    Vec<U, n> stored;
-#pragma unroll
-    for (int i = 0; i < n; ++i) stored[i] = values[part + i];
-    store_vec(to + part, stored);
-  }
-}
+// As many neighbours as make a vector of 16 bytes of what takes most memory: moments and values. A warp's accesses then
+// are dense in every array.
+template <class T>
+inline constexpr int kAdamWNeighbours = kVector<accumulator_t<T>>;
 
 // kCount neighbours at place i.
 template <int kCount, class T>
 __device__ __forceinline__ void step_neighbours(const AdamWArrays<T>& t, int64_t i,
                                                 const AdamWFactors<accumulator_t<T>>& factors) {
   using Acc = accumulator_t<T>;
-  T gradient[kCount];
-  Acc first[kCount], second[kCount], value[kCount];
-  load_all(t.gradient + i, gradient);
-  load_all(t.first + i, first);
-  load_all(t.second + i, second);
-  load_all(t.value + i, value);
+  const Vec<T, kCount> gradient = load_vec<kCount>(t.gradient + i);
+  Vec<Acc, kCount> first = load_vec<kCount>(t.first + i), second = load_vec<kCount>(t.second + i);
+  Vec<Acc, kCount> value = load_vec<kCount>(t.value + i);
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
     value[j] = adamw(static_cast<Acc>(gradient[j]), first[j], second[j], value[j], factors);
-  store_all(t.first + i, first);
-  store_all(t.second + i, second);
-  store_all(t.value + i, value);
+  store_vec(t.first + i, first);
+  store_vec(t.second + i, second);
+  store_vec(t.value + i, value);
   if constexpr (!std::is_same_v<T, Acc>) {
-    T rounded[kCount];
+    Vec<T, kCount> rounded;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) rounded[j] = T(value[j]);
-    store_all(t.parameter + i, rounded);
+    store_vec(t.parameter + i, rounded);
   }
 }
 
@@ -98,9 +74,10 @@ __global__ void __launch_bounds__(kAdamWThreads) adamw_step_kernel(AdamWLaunch<T
   const AdamWArrays<T>& tensor = launch.batch.tensors[index];
   const int64_t begin = (chunk - launch.batch.first_chunk[index]) * kChunkElements;
   const int64_t end = begin + kChunkElements < tensor.size ? begin + kChunkElements : tensor.size;
-  const int64_t single = tensor.in_vectors ? begin + (end - begin) / kVector<T> * kVector<T> : begin;
-  for (int64_t i = begin + int64_t{threadIdx.x} * kVector<T>; i < single; i += kAdamWThreads * kVector<T>)
-    step_neighbours<kVector<T>>(tensor, i, launch.factors);
+  constexpr int n = kAdamWNeighbours<T>;
+  const int64_t single = tensor.in_vectors ? begin + (end - begin) / n * n : begin;
+  for (int64_t i = begin + int64_t{threadIdx.x} * n; i < single; i += kAdamWThreads * n)
+    step_neighbours<n>(tensor, i, launch.factors);
   for (int64_t i = single + threadIdx.x; i < end; i += kAdamWThreads) step_neighbours<1>(tensor, i, launch.factors);
 }
 

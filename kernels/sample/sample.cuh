@@ -20,7 +20,7 @@ inline constexpr int kBounds = (1 << kSearchBits) - 1;  // between the parts of 
 
 struct SampleLaunch {
   SampleParams params;
-  bool in_vectors;       // of the logits
+  bool in_vectors;       // of the logits, for greedy_kernel
   int64_t slots;         // of a row in the two arrays below, a multiple of kSampleThreads
   uint64_t* numbers;     // [rows, slots]; by greedy_kernel not used
   uint64_t* candidates;  // [rows, slots], where something is searched for
@@ -40,8 +40,23 @@ struct SampleMemory {
   SharedArray<uint64_t, kSampleWarps> pieces;
 };
 
-// ---- numbers as integers of the same order
-// ----------------------------------------------------------------------------
+// Calls body(i, from[i]) for i = first, first + kStride ... below `end`, with several loads under way at once: few
+// warps work on a row, and each would else wait for one number after the other.
+template <int kStride, class T, class Body>
+__device__ __forceinline__ void for_each(const T* from, int64_t first, int64_t end, const Body& body) {
+  constexpr int kAtOnce = 8;
+  for (; first < end; first += kAtOnce * kStride) {
+    T loaded[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i * kStride < end) loaded[i] = load(from + first + i * kStride);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i * kStride < end) body(first + i * kStride, loaded[i]);
+  }
+}
+
+// ---- numbers as integers of the same order ------------------------------------------------------------------------
 
 // NaN is 0, minus infinity comes next; the two zeros are the same.
 __device__ inline uint64_t order_of(float x) {
@@ -68,8 +83,7 @@ __device__ inline uint64_t order_of_infinity(int sign) {
   return order_of(static_cast<Acc>(sign) * static_cast<Acc>(INFINITY));
 }
 
-// ---- the largest
-// ------------------------------------------------------------------------------------------------------
+// ---- the largest --------------------------------------------------------------------------------------------------
 
 struct Largest {
   uint64_t order = 0;
@@ -108,21 +122,19 @@ __device__ Largest largest_logit(const SampleLaunch& launch, int64_t row, Larges
 
 __device__ inline Largest largest_number(const uint64_t* numbers, int64_t count, LargestMemory& memory) {
   Largest own;
-  for (int64_t v = threadIdx.x; v < count; v += kSampleThreads) own.take(load(numbers + v), v);
+  for_each<kSampleThreads>(numbers, threadIdx.x, count, [&](int64_t v, uint64_t order) { own.take(order, v); });
   return largest_of_block(own, memory);
 }
 
-// ---- scores
-// -----------------------------------------------------------------------------------------------------------
+// ---- scores -------------------------------------------------------------------------------------------------------
 
 template <class T>
 class Scores {
  public:
   using Acc = accumulator_t<T>;
 
-  __device__ Scores(const SampleLaunch& launch, int64_t row, uint64_t* numbers)
-      : launch_(launch),
-        p_(launch.params),
+  __device__ Scores(const SampleParams& params, int64_t row, uint64_t* numbers)
+      : p_(params),
         row_(row),
         logits_(static_cast<const T*>(p_.logits) + row * p_.vocab),
         numbers_(numbers),
@@ -130,26 +142,15 @@ class Scores {
 
   // The order of z' / temperature. An id is changed by the thread that wrote it, so nobody waits in between.
   __device__ void write() const {
-    for (int64_t first = int64_t{threadIdx.x} * kNeighbours; first < p_.vocab; first += kSampleThreads * kNeighbours) {
-      const auto values = load_neighbours(logits_, first, p_.vocab, launch_.in_vectors, T(static_cast<Acc>(NAN)));
-#pragma unroll
-      for (int i = 0; i < kNeighbours; i += 2) {
-        Vec<uint64_t, 2> pair;
-        pair[0] = order_of(static_cast<Acc>(values[i]) / divisor_);
-        pair[1] = order_of(static_cast<Acc>(values[i + 1]) / divisor_);
-        store_vec(numbers_ + first + i, pair);
-      }
-    }
+    for_each<kSampleThreads>(logits_, threadIdx.x, p_.vocab, [&](int64_t v, T logit) {
+      store(numbers_ + v, order_of(static_cast<Acc>(logit) / divisor_));
+    });
     if (p_.repetition_penalty != 1) penalise();
     if (p_.min_new_tokens > 0 && load(p_.steps + row_) < p_.min_new_tokens) bar();
   }
 
  private:
-  static constexpr int kNeighbours = kVector<T>;
-
-  __device__ bool is_own(int64_t id) const {
-    return id >= 0 && id < p_.vocab && id / kNeighbours % kSampleThreads == threadIdx.x;
-  }
+  __device__ bool is_own(int64_t id) const { return id >= 0 && id < p_.vocab && id % kSampleThreads == threadIdx.x; }
 
   __device__ void penalise() const {
     const auto penalty = static_cast<Acc>(p_.repetition_penalty);
@@ -168,7 +169,6 @@ class Scores {
     }
   }
 
-  const SampleLaunch& launch_;
   const SampleParams& p_;
   int64_t row_;
   const T* logits_;
@@ -176,8 +176,7 @@ class Scores {
   Acc divisor_;
 };
 
-// ---- thresholds
-// -------------------------------------------------------------------------------------------------------
+// ---- thresholds ---------------------------------------------------------------------------------------------------
 
 // What search() found: the largest t for which the measure of all numbers from t on reaches what is wanted.
 struct Threshold {
@@ -223,27 +222,30 @@ struct Sum {
 };
 
 // The numbers lie in [0, high); all of them from `low` on measure `total`, and wanted is in [1, total]. A thread keeps
-// those of its numbers that are still between the bounds in slots of its own.
+// those of its numbers that are still between the bounds in slots of its own; not yet in the first pass, which leaves
+// out next to nothing.
 template <class Measure>
 __device__ Threshold search(const uint64_t* numbers, uint64_t* candidates, int64_t count, uint64_t low, uint64_t high,
                             uint64_t total, uint64_t wanted, SampleMemory& memory) {
   Threshold found{low, 0, total};
   const uint64_t* from = numbers;
-  int64_t left = (count + kSampleThreads - 1 - threadIdx.x) / kSampleThreads;
-  while (high - found.at > 1 && !Measure::is_settled(found, wanted)) {
+  int64_t end = count;
+  for (int pass = 0; high - found.at > 1 && !Measure::is_settled(found, wanted); ++pass) {
     const uint64_t part = ((high - found.at - 1) >> kSearchBits) + 1;
     uint64_t sums[kBounds] = {};
-    int64_t kept = 0;
-    for (int64_t j = 0; j < left; ++j) {
-      const uint64_t number = load(from + j * kSampleThreads + threadIdx.x);
-      if (number < found.at || number >= high) continue;
-      store(candidates + kept * kSampleThreads + threadIdx.x, number);
-      ++kept;
+    int64_t kept = threadIdx.x;
+    for_each<kSampleThreads>(from, threadIdx.x, end, [&](int64_t, uint64_t number) {
+      if (number < found.at || number >= high) return;
 #pragma unroll
       for (int i = 0; i < kBounds; ++i) sums[i] += number - found.at >= (i + 1) * part ? Measure::of(number) : 0;
+      if (pass == 0) return;
+      store(candidates + kept, number);
+      kept += kSampleThreads;
+    });
+    if (pass > 0) {
+      from = candidates;
+      end = kept;
     }
-    left = kept;
-    from = candidates;
     sum_over_block(sums, memory);
     // Sums descend: of the bounds that reach what is wanted the last is the new low one, the next one the new high one.
     const Threshold old = found;
@@ -261,19 +263,21 @@ __device__ Threshold search(const uint64_t* numbers, uint64_t* candidates, int64
   return found;
 }
 
-// ---- draws
-// ------------------------------------------------------------------------------------------------------------
+// ---- draws --------------------------------------------------------------------------------------------------------
 
-// The first id at which the sum of share(id), in the order of ids, goes beyond `left`; over all ids it does.
+// The first id at which the sum of share(id, numbers[id]), in the order of ids, goes beyond `left`; over all ids it
+// does.
 template <class Share>
-__device__ int64_t first_beyond(int64_t count, uint64_t left, const Share& share, SampleMemory& memory) {
+__device__ int64_t first_beyond(const uint64_t* numbers, int64_t count, uint64_t left, const Share& share,
+                                SampleMemory& memory) {
   const int64_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int64_t begin = 0, end = count;
   while (end - begin > 1) {  // a piece per warp, then the pieces of the right piece
     const int64_t piece = (end - begin + kSampleWarps - 1) / kSampleWarps;
     const int64_t own_end = begin + (warp + 1) * piece < end ? begin + (warp + 1) * piece : end;
     uint64_t sum = 0;
-    for (int64_t v = begin + warp * piece + lane; v < own_end; v += kWarp) sum += share(v);
+    for_each<kWarp>(numbers, begin + warp * piece + lane, own_end,
+                    [&](int64_t v, uint64_t number) { sum += share(v, number); });
     sum = warp_sum(sum);
     if (lane == 0) memory.pieces.store(static_cast<int>(warp), sum);
     __syncthreads();
@@ -313,13 +317,12 @@ class Draw {
       total = nucleus.above + (taken < equals ? taken : equals) * cut;
       if (taken < equals) end_of_equals = 1 + nth_equal(cut, taken - 1);
     }
-    const auto weight = [&](int64_t v) {
-      const uint64_t w = load(numbers_ + v);
-      return w > cut || (w == cut && v < end_of_equals) ? w : 0;
+    const auto share = [&](int64_t v, uint64_t weight) {
+      return weight > cut || (weight == cut && v < end_of_equals) ? weight : 0;
     };
     const double u = philox_uniform(load(p_.seeds + row_), load(p_.steps + row_));
     const auto left = static_cast<uint64_t>(u * static_cast<double>(total));
-    return first_beyond(p_.vocab, left < total ? left : total - 1, weight, memory_);
+    return first_beyond(numbers_, p_.vocab, left < total ? left : total - 1, share, memory_);
   }
 
  private:
@@ -337,8 +340,7 @@ class Draw {
     const Acc largest = number_of(largest_.order, Acc{});
     const bool infinite = largest_.order == order_of_infinity<Acc>(1);  // then those are as likely as each other
     uint64_t sum = 0;
-    for (int64_t v = threadIdx.x; v < p_.vocab; v += kSampleThreads) {
-      const uint64_t order = load(numbers_ + v);
+    for_each<kSampleThreads>(numbers_, threadIdx.x, p_.vocab, [&](int64_t v, uint64_t order) {
       Acc weight = 0;
       if (infinite)
         weight = static_cast<Acc>(order == largest_.order);
@@ -347,7 +349,7 @@ class Draw {
       const auto fixed = static_cast<uint64_t>(weight * static_cast<Acc>(scale_));
       store(numbers_ + v, fixed);
       sum += fixed;
-    }
+    });
     return block_sum<kSampleThreads>(sum, memory_.sum);
   }
 
@@ -366,7 +368,8 @@ class Draw {
   // The id of the n-th weight that equals `weight`, n from 0 on.
   __device__ int64_t nth_equal(uint64_t weight, uint64_t n) {
     return first_beyond(
-        p_.vocab, n, [&](int64_t v) { return static_cast<uint64_t>(load(numbers_ + v) == weight); }, memory_);
+        numbers_, p_.vocab, n, [&](int64_t, uint64_t other) { return static_cast<uint64_t>(other == weight); },
+        memory_);
   }
 
   const SampleParams& p_;
@@ -377,8 +380,7 @@ class Draw {
   SampleMemory& memory_;
 };
 
-// ---- kernels
-// ----------------------------------------------------------------------------------------------------------
+// ---- kernels ------------------------------------------------------------------------------------------------------
 
 // The largest logit as it is: one pass, no working memory.
 template <class T>
@@ -397,8 +399,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_kernel(SampleLaunch lau
   const SampleParams& p = launch.params;
   const int64_t row = blockIdx.x;
   uint64_t* const numbers = launch.numbers + row * launch.slots;
-  Scores<T>(launch, row, numbers).write();
-  __syncthreads();
+  Scores<T>(p, row, numbers).write();
   const Largest largest = largest_number(numbers, p.vocab, memory.largest);
   int64_t id = largest.id;
   if (p.temperature > 0 && largest.order > order_of_infinity<Acc>(-1))
