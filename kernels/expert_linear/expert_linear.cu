@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cassert>
 
 #include "common/cuda/launch.cuh"
 #include "expert_linear/expert_linear.cuh"
@@ -37,6 +38,7 @@ Status with_tile(const Group* groups, int64_t count, DType dtype, bool tf32, Bod
 template <class T, int kRows, class Group, class RowTiles, class ColumnTiles>
 Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, int64_t count, void* stream,
                      const RowTiles& row_tiles, const ColumnTiles& column_tiles) {
+  assert(0 < count && count <= kMostGroups);
   LinearLaunch<Group> params{};
   int64_t blocks = 0;
   params.count = static_cast<int>(count);
