@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "ops/block_arguments.h"
+#include "ops/linear.h"
 #include "ops/workspace.h"
 
 namespace micro {
@@ -22,7 +23,8 @@ micro_kernels::Status run_cpu(const micro_kernels::BlockForwardParams& params) {
   return micro_kernels::cpu::block_forward(params, workspace.data(), parallel_for);
 }
 
-micro_kernels::Status run_cuda(const micro_kernels::BlockForwardParams& params, const Tensor& x) {
+micro_kernels::Status run_cuda(micro_kernels::BlockForwardParams& params, const Tensor& x) {
+  params.tf32 = tf32_allowed();
   const Tensor workspace = device_workspace(x, micro_kernels::cuda::block_forward_workspace(params));
   return micro_kernels::cuda::block_forward(params, workspace.mutable_data_ptr(), current_stream(x));
 }

@@ -13,6 +13,7 @@
 
 #include "micro_kernels/block_train.h"
 #include "ops/block_arguments.h"
+#include "ops/linear.h"
 #include "ops/workspace.h"
 
 namespace micro {
@@ -26,6 +27,7 @@ using Tensors = std::vector<Tensor>;
 using Recorded = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensors>;
 
 constexpr char kName[] = "micro::block_train";
+constexpr int64_t kMostSureExperts = 32;          // the largest of so many probabilities is not tiny (block_train.h)
 constexpr size_t kSaved = 14;                     // tensors of BlockSaved, in its order
 constexpr size_t kWanted = kBlockParameters + 2;  // gradients: x, the parameters in their order, the logits
 using Wanted = std::array<bool, kWanted>;
@@ -41,15 +43,20 @@ bool saves(std::string_view activations) {
 
 // Sizes of the tensors of BlockSaved; what is not kept is empty.
 Tensors allocate_saved(const Tensor& x, const BlockParameters& p, const Tensor& cos, int64_t heads, int64_t slots,
-                       int64_t k, bool given, bool run_router, std::string_view weight_rule, bool save) {
+                       int64_t k, const BlockControls& controls, bool run_router, std::string_view weight_rule,
+                       bool save) {
+  const bool given = controls.rows.has_value();
   const c10::SymInt tokens = x.dim() == 3 ? x.sym_size(0) * x.sym_size(1) : x.sym_size(0), pairs = tokens * k;
   const c10::SymInt hidden = x.sym_size(-1), inner = p.gate_proj.sym_size(1), size = cos.sym_size(1) * 2;
   const c10::SymInt experts = p.gate_proj.sym_size(0), groups = p.k_proj.sym_size(1) / size;
   // The weight of a token's only expert is 1: its gradient hardly ever needs the expert's output.
   const bool weights_learn =
       !given && (k > 1 || weight_rule != rule_name(WeightRule::kRenormalized) || x.scalar_type() == at::kDouble);
+  // It does where the expert's probability is tiny, and there CUDA cannot look before it decides what to compute.
+  const bool may_be_tiny = controls.replay || experts.guard_int(__FILE__, __LINE__) > kMostSureExperts;
   const bool keeps_mid = save && (given ? run_router : weights_learn);
-  const bool keeps_out = save && (weights_learn || p.post_ffn_norm);
+  const bool keeps_out =
+      (save && (weights_learn || p.post_ffn_norm)) || (x.is_cuda() && !given && !weights_learn && may_be_tiny);
   const auto make = [&](const at::TensorOptions& options, c10::SymIntArrayRef sizes, bool kept = true) {
     return kept ? at::empty_symint(sizes, options) : at::empty({0}, options);
   };
@@ -96,22 +103,32 @@ void check_router(const BlockParameters& p) {
   TORCH_CHECK_VALUE(p.router_in, kName, ": router_in is missing: a folded router has no gradient");
 }
 
+micro_kernels::Status run_forward(micro_kernels::BlockForwardParams& params, const Tensor& x) {
+  if (x.is_cuda()) {
+    params.tf32 = tf32_allowed();
+    const Tensor workspace = device_workspace(x, micro_kernels::cuda::block_forward_workspace(params));
+    return micro_kernels::cuda::block_forward(params, workspace.mutable_data_ptr(), current_stream(x));
+  }
+  const Workspace workspace(micro_kernels::cpu::block_forward_workspace(params));
+  return micro_kernels::cpu::block_forward(params, workspace.data(), parallel_for);
+}
+
 Recorded forward(const Tensor& x, const OptionalTensors& parameters, const Tensor& cos, const Tensor& sin,
                  int64_t heads, double eps, int64_t slots, const OptionalTensor& mask, const OptionalTensor& real,
                  int64_t k, const OptionalTensors& controls, std::string_view weight_rule, bool run_router,
                  std::string_view activations) {
+  const c10::DeviceGuard device(x.device());
   const BlockArguments in(kName, x, parameters, cos, sin, heads, true, slots, 0, mask, real, k, controls);
   check_router(in.p);
   run_router = run_router || !in.rows;
   auto [y, raw, ids, weights, probs, effective] = allocate_block(in.x, in.n.experts, k, false, run_router);
   auto params =
       in.forward(kName, true, eps, k, weight_rule, y, run_router ? raw : Tensor(), ids, weights, probs, effective);
-  Tensors saved = allocate_saved(in.x, in.p, in.cos, heads, slots, k, in.rows.has_value(), run_router, weight_rule,
-                                 saves(activations));
+  Tensors saved = allocate_saved(in.x, in.p, in.cos, heads, slots, k, BlockControls(kName, controls), run_router,
+                                 weight_rule, saves(activations));
   const micro_kernels::BlockSaved places = pointers(saved);
   params.saved = &places;
-  const Workspace workspace(micro_kernels::cpu::block_forward_workspace(params));
-  check_block(kName, micro_kernels::cpu::block_forward(params, workspace.data(), parallel_for), in.n.experts);
+  check_block(kName, run_forward(params, in.x), in.n.experts);
   return {y, raw, ids, weights, probs, effective, saved};
 }
 
@@ -121,8 +138,8 @@ Recorded forward_meta(const Tensor& x, const OptionalTensors& parameters, const 
                       std::string_view activations) {
   const BlockParameters p = parameters_of(kName, parameters);
   check_router(p);
-  const bool given = BlockControls(kName, controls).rows.has_value();
-  run_router = run_router || !given;
+  const BlockControls steering(kName, controls);
+  run_router = run_router || !steering.rows;
   auto [y, raw, ids, weights, probs, effective] =
       allocate_block(x, p.gate_proj.sym_size(0).guard_int(__FILE__, __LINE__), k, false, run_router);
   return {y,
@@ -131,14 +148,7 @@ Recorded forward_meta(const Tensor& x, const OptionalTensors& parameters, const 
           weights,
           probs,
           effective,
-          allocate_saved(x, p, cos, heads, slots, k, given, run_router, weight_rule, saves(activations))};
-}
-
-Recorded forward_cuda(const Tensor& x, const OptionalTensors&, const Tensor&, const Tensor&, int64_t, double, int64_t,
-                      const OptionalTensor&, const OptionalTensor&, int64_t, const OptionalTensors&, std::string_view,
-                      bool, std::string_view) {
-  check(kName, micro_kernels::cuda::block_train_backward({}, current_stream(x)));
-  TORCH_INTERNAL_ASSERT(false, "a stand-in never succeeds");
+          allocate_saved(x, p, cos, heads, slots, k, steering, run_router, weight_rule, saves(activations))};
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
@@ -182,12 +192,22 @@ micro_kernels::BlockGradients places(const Tensors& gradients, const Wanted& wan
   return g;
 }
 
+micro_kernels::Status run_backward(const micro_kernels::BlockTrainBackwardParams& params, const Tensor& x) {
+  if (x.is_cuda()) {
+    const Tensor workspace = device_workspace(x, micro_kernels::cuda::block_train_backward_workspace(params));
+    return micro_kernels::cuda::block_train_backward(params, workspace.mutable_data_ptr(), current_stream(x));
+  }
+  const Workspace workspace(micro_kernels::cpu::block_train_backward_workspace(params));
+  return micro_kernels::cpu::block_train_backward(params, workspace.data(), parallel_for);
+}
+
 Tensors backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_raw_, const OptionalTensor& grad_weights_,
                  const OptionalTensor& grad_probs_, const OptionalTensor& grad_effective_, const Tensor& x,
                  const OptionalTensors& parameters, const Tensor& cos, const Tensor& sin, int64_t heads, double eps,
                  int64_t slots, const OptionalTensor& mask, const OptionalTensor& force, bool given,
                  std::string_view weight_rule, const Tensor& ids, const Tensor& weights, const Tensor& probs,
                  const Tensor& effective, at::TensorList saved, Wanted wanted) {
+  const c10::DeviceGuard device(x.device());
   TORCH_CHECK_VALUE(saved.size() == kSaved, kName, ": saved must have ", kSaved, " tensors, got ", saved.size());
   const OptionalTensors controls({std::nullopt, std::nullopt, std::nullopt, force, std::nullopt});
   const BlockArguments in(kName, x, parameters, cos, sin, heads, true, slots, 0, mask, std::nullopt, ids.size(1),
@@ -228,9 +248,9 @@ Tensors backward(const OptionalTensor& grad_y_, const OptionalTensor& grad_raw_,
       .grad_y = pointer(grad_y),
       .grad_raw = pointer(grad_raw),
       .grad = places(gradients, wanted),
+      .tf32 = in.x.is_cuda() && tf32_allowed(),
   };
-  const Workspace workspace(micro_kernels::cpu::block_train_backward_workspace(params));
-  check(kName, micro_kernels::cpu::block_train_backward(params, workspace.data(), parallel_for));
+  check(kName, run_backward(params, in.x));
   return gradients;
 }
 
@@ -240,14 +260,6 @@ Tensors backward_meta(const OptionalTensor&, const OptionalTensor&, const Option
                       std::string_view, const Tensor&, const Tensor&, const Tensor& probs, const Tensor&,
                       at::TensorList, Wanted wanted) {
   return allocate_gradients(x, parameters, probs, wanted);
-}
-
-Tensors backward_cuda(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, const Tensor& x, const OptionalTensors&, const Tensor&, const Tensor&,
-                      int64_t, double, int64_t, const OptionalTensor&, const OptionalTensor&, bool, std::string_view,
-                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList, Wanted) {
-  check(kName, micro_kernels::cuda::block_train_backward({}, current_stream(x)));
-  TORCH_INTERNAL_ASSERT(false, "a stand-in never succeeds");
 }
 
 // ---- autograd ------------------------------------------------------------------------------------------------------
@@ -448,8 +460,8 @@ TORCH_LIBRARY_IMPL(micro, CPU, m) {
   m.impl("block_train_backward", backward);
 }
 TORCH_LIBRARY_IMPL(micro, CUDA, m) {
-  m.impl("block_train_forward", forward_cuda);
-  m.impl("block_train_backward", backward_cuda);
+  m.impl("block_train_forward", forward);
+  m.impl("block_train_backward", backward);
 }
 TORCH_LIBRARY_IMPL(micro, Meta, m) {
   m.impl("block_train_forward", forward_meta);

@@ -1,6 +1,7 @@
 """A layer is one operator call wherever nobody can see the difference: plain parameters, no hook, no adapter, no
-tracing. Without gradient :func:`micro.ops.block_forward`; with one, on the CPU, :func:`micro.ops.block_train`, for
-whole-block experts without a cache. Results and gradients are the same, on the CPU bit for bit, on CUDA to rounding.
+tracing. Without gradient :func:`micro.ops.block_forward`; with one :func:`micro.ops.block_train`, for whole-block
+experts without a cache, on CUDA Llama-shaped ones. Results and gradients are the same, on the CPU bit for bit, on CUDA
+to rounding.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def can_fuse(config: MiCRoConfig, x: Tensor, cache: Cache | None) -> bool:
     head = int(config.head_dim or 0)
     return (
         type(x) is Tensor
-        and (x.device.type == "cpu" or (x.device.type == "cuda" and not torch.is_grad_enabled()))
+        and x.device.type in ("cpu", "cuda")
         and head % 8 == 0  # what the kernels take; the separate operators copy other sizes
         and head <= 256
         and (not torch.is_grad_enabled() or cache is None)
@@ -129,6 +130,7 @@ class FusedLayer:
         self.index, self.layout, self.whole_block = index, _layout(config), config.is_block
         self.eps = float(config.rms_norm_eps or 0)
         self.experts = config.num_experts if config.is_block else 1
+        self.trains_on = ("cpu",) if config.backbone == "olmo2" else ("cpu", "cuda")
         self.heads = (config.num_attention_heads, int(config.num_key_value_heads or 0), int(config.head_dim or 0))
         self._plain: PlainModules | None = None
 
@@ -188,6 +190,8 @@ class FusedLayer:
         """As :meth:`run`, with a gradient."""
         assert self._plain is not None
         if not self.whole_block or call.cache is not None or any(self._plain.backward_hooks):
+            return None
+        if hidden.device.type not in self.trains_on:
             return None
         memo = controls.memo
         y, raw, routing = ops.block_train(
