@@ -208,12 +208,12 @@ __device__ inline void sum_over_block(uint64_t (&sums)[kBounds], SampleMemory& m
 struct Count {
   __device__ static uint64_t of(uint64_t) { return 1; }
   // The numbers from t on are as many as wanted: which of them is the least does not matter.
-  __device__ static bool is_settled(const Threshold& found, uint64_t wanted) { return found.from == wanted; }
+  __device__ static bool settles(const Threshold& found, uint64_t wanted) { return found.from == wanted; }
 };
 struct Sum {
   __device__ static uint64_t of(uint64_t number) { return number; }
   // There is one number between the bounds, and it is the sum of those that are there.
-  __device__ static bool is_settled(Threshold& found, uint64_t) {
+  __device__ static bool settles(Threshold& found, uint64_t) {
     const uint64_t between = found.from - found.above;
     if (between / 2 >= found.at) return false;
     found.at = between;
@@ -230,7 +230,7 @@ __device__ Threshold search(const uint64_t* numbers, uint64_t* candidates, int64
   Threshold found{low, 0, total};
   const uint64_t* from = numbers;
   int64_t end = count;
-  for (int pass = 0; high - found.at > 1 && !Measure::is_settled(found, wanted); ++pass) {
+  for (int pass = 0; high - found.at > 1 && !Measure::settles(found, wanted); ++pass) {
     const uint64_t part = ((high - found.at - 1) >> kSearchBits) + 1;
     uint64_t sums[kBounds] = {};
     int64_t kept = threadIdx.x;
