@@ -35,6 +35,7 @@ _MODULES = (
     "data",
     "engine",
     "errors",
+    "evaluation",
     "experts",
     "modeling",
     "ops",

@@ -25,6 +25,7 @@ COMMANDS = (
     "generate",
     "route",
     "ablate",
+    "evaluate",
     "estimate",
     "report",
     "demo",
