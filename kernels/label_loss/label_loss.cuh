@@ -40,7 +40,7 @@ struct LabelLossTerm {
 };
 
 template <class Acc>
-__global__ void __launch_bounds__(kTokenThreads) label_loss_total_kernel(TokenSumsLaunch<LabelLossParams> launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) label_loss_total_kernel(TokenSumsLaunch<LabelLossParams> launch) {
   const LabelLossParams& p = launch.op;
   auto& memory = shared_memory<TokenSumMemory>();
   const double weights = layer_weight_sum<Acc>(p, memory);
@@ -59,7 +59,7 @@ struct LabelLossBackwardLaunch {
 };
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kTokenThreads) label_loss_backward_kernel(LabelLossBackwardLaunch launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) label_loss_backward_kernel(LabelLossBackwardLaunch launch) {
   using Acc = accumulator_t<T>;
   const LabelLossBackwardParams& p = launch.op;
   const TokenShare share(launch.blocks);

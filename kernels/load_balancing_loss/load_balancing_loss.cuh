@@ -75,7 +75,7 @@ __device__ inline void store_sums(const LoadBalancingLaunch& launch, int64_t to,
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kTokenThreads) load_balancing_sums_kernel(LoadBalancingLaunch launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) load_balancing_sums_kernel(LoadBalancingLaunch launch) {
   const LoadBalancingLossParams& p = launch.op;
   auto& shared = shared_memory<LoadBalancingShared>();
   const TokenShare share(launch.blocks);
@@ -117,7 +117,7 @@ __device__ inline void average_over_layers(const LoadBalancingLossParams& p, int
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kTokenThreads) load_balancing_total_kernel(LoadBalancingLaunch launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) load_balancing_total_kernel(LoadBalancingLaunch launch) {
   const LoadBalancingLossParams& p = launch.op;
   auto& memory = shared_memory<TokenSumMemory>();
   const double real = counted_tokens(launch.real, p.layers, launch.blocks, memory);
@@ -149,7 +149,7 @@ struct LoadBalancingBackwardLaunch {
 };
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kTokenThreads) load_balancing_backward_kernel(LoadBalancingBackwardLaunch launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) load_balancing_backward_kernel(LoadBalancingBackwardLaunch launch) {
   const LoadBalancingLossBackwardParams& p = launch.op;
   const TokenShare share(launch.blocks);
   const T grad_loss = load(static_cast<const T*>(p.grad_loss));

@@ -180,7 +180,7 @@ __device__ void store_choices(const RouteParams& p, int64_t token, const NewScor
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteLaunch<RouteParams> launch) {
+__global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteLaunch<RouteParams> launch) {
   using Acc = accumulator_t<T>;
   const RouteParams& p = launch.op;
   const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
@@ -256,7 +256,7 @@ __device__ inline bool ids_inside(const RouteLaunch<RouteBackwardParams>& launch
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kRouteThreads) route_backward_kernel(RouteLaunch<RouteBackwardParams> launch) {
+__global__ void __launch_bounds__(kRouteThreads, 1) route_backward_kernel(RouteLaunch<RouteBackwardParams> launch) {
   using Acc = accumulator_t<T>;
   const RouteBackwardParams& p = launch.op;
   const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;

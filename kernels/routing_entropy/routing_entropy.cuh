@@ -26,7 +26,7 @@ struct RoutingEntropyTerm {
 
 // One warp per layer, whose sums are no more than a warp's lanes.
 template <class Acc>
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, 1)
     routing_entropy_mean_kernel(TokenSumsLaunch<RoutingEntropyParams> launch) {
   const RoutingEntropyParams& p = launch.op;
   const double real = counted_tokens(launch.real(), p.layers, launch.blocks, shared_memory<TokenSumMemory>());
@@ -43,7 +43,8 @@ struct RoutingEntropyBackwardLaunch {
 };
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kTokenThreads) routing_entropy_backward_kernel(RoutingEntropyBackwardLaunch launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1)
+    routing_entropy_backward_kernel(RoutingEntropyBackwardLaunch launch) {
   using Acc = accumulator_t<T>;
   const RoutingEntropyBackwardParams& p = launch.op;
   const TokenShare share(launch.blocks);

@@ -19,7 +19,7 @@ struct ZLossTerm {
 };
 
 template <class Acc>
-__global__ void __launch_bounds__(kTokenThreads) z_loss_total_kernel(TokenSumsLaunch<ZLossParams> launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) z_loss_total_kernel(TokenSumsLaunch<ZLossParams> launch) {
   const ZLossParams& p = launch.op;
   auto& memory = shared_memory<TokenSumMemory>();
   double sum = 0;
@@ -37,7 +37,7 @@ struct ZLossBackwardLaunch {
 
 // d/dz[e] of lse^2 = 2 lse softmax(z)[e]
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kTokenThreads) z_loss_backward_kernel(ZLossBackwardLaunch launch) {
+__global__ void __launch_bounds__(kTokenThreads, 1) z_loss_backward_kernel(ZLossBackwardLaunch launch) {
   using Acc = accumulator_t<T>;
   const ZLossBackwardParams& p = launch.op;
   const TokenShare share(launch.blocks);
