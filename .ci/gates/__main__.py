@@ -13,7 +13,9 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from gates import build, kernels, occupancy, resources, rules, sass, sources
@@ -21,7 +23,7 @@ from gates import build, kernels, occupancy, resources, rules, sass, sources
 ROOT = kernels.ROOT
 RESOURCES = ROOT / "kernels" / "resources.csv"
 INSTRUCTIONS = ROOT / "kernels" / "instructions.csv"
-MIX_ARCH = "sm_80"  # of the committed instruction mix; the rules hold on all
+MIX_ARCHS = ("sm_80", "sm_90")  # whose machine code is looked at; the first one's is in the committed table
 
 
 @contextmanager
@@ -86,8 +88,8 @@ def compiled_gates(nvcc: str, nvdisasm: str, jobs: int, update: bool) -> list[st
         faults += _committed(RESOURCES, resources.to_csv(table, archs, version), update)
     with gate("occupancy"):
         _write_occupancy(table, ROOT / "build" / "gates" / "occupancy.txt")
-    with gate("machine code"):
-        faults += _machine_code(nvdisasm, compiled, names, version, update)
+    with gate(f"machine code of {', '.join(MIX_ARCHS)}"):
+        faults += _machine_code(nvdisasm, compiled, names, version, jobs, update)
     return faults
 
 
@@ -121,21 +123,24 @@ def _write_occupancy(table: list[resources.Row], path: Path) -> None:
 
 
 def _machine_code(
-    nvdisasm: str, compiled: list[build.Compiled], names: dict[str, str], version: str, update: bool
+    nvdisasm: str, compiled: list[build.Compiled], names: dict[str, str], version: str, jobs: int, update: bool
 ) -> list[str]:
     rule_list = rules.read_rules((ROOT / "kernels" / "gates.toml").read_text())
     faults = rules.unused(rule_list, list(names.values()))
     table: dict[str, sass.Function] = {}
-    for each in compiled:
-        for arch, cubin in each.cubins.items():
-            done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
-            for mangled, function in sass.parse(done.stdout).items():
-                if mangled not in names:
-                    continue
+    for arch in MIX_ARCHS:
+        with ThreadPoolExecutor(jobs) as pool:
+            texts = pool.map(lambda each: _disassembled(nvdisasm, each.cubins[arch]), compiled)  # noqa: B023
+        for mangled, function in chain.from_iterable(sass.parse(text).items() for text in texts):
+            if mangled in names:
                 faults += [f"{arch}: {fault}" for fault in rules.check(names[mangled], function, rule_list)]
-                if arch == MIX_ARCH:
+                if arch == MIX_ARCHS[0]:
                     table[names[mangled]] = function
-    return faults + _committed(INSTRUCTIONS, rules.to_csv(table, MIX_ARCH, version), update)
+    return faults + _committed(INSTRUCTIONS, rules.to_csv(table, MIX_ARCHS[0], version), update)
+
+
+def _disassembled(nvdisasm: str, cubin: Path) -> str:
+    return subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
 def emulator(jobs: int) -> list[str]:

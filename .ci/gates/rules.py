@@ -6,7 +6,8 @@ import re
 import tomllib
 from dataclasses import dataclass
 
-from gates.sass import Function, Mix, hottest, innermost_loops, mix
+from gates.loops import hottest, innermost_loops
+from gates.sass import Function, Mix, mix
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ COLUMNS = (
 
 def to_csv(table: dict[str, Function], arch: str, version: str) -> str:
     """The committed form of the mixes: a line on its making, a header, one line per kernel."""
-    lines = [f"# made by `make gates UPDATE=1` with nvcc {version} for {arch}; from 'loop' on: the hottest inner loop"]
+    lines = [f"# made by `make gates UPDATE=1` with nvcc {version} for {arch}; from 'loop' on: its hottest loop"]
     lines.append(";".join(COLUMNS))
     for kernel, function in sorted(table.items()):
         whole, loop = mix(function.code), mix(hottest(function))

@@ -1,4 +1,4 @@
-"""Machine code as nvdisasm prints it: functions, their loops, and what the loops are made of."""
+"""Machine code as nvdisasm prints it: functions, and what a run of instructions is made of."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+GLOBAL_LOADS = ("LDG", "LDGSTS")
+TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "DMMA")
+
 
 @dataclass(frozen=True)
 class Instruction:
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
+    guarded: bool = False  # by a predicate in front of it
 
     @property
     def base(self) -> str:
         """The opcode without modifiers."""
         return self.opcode.split(".")[0]
+
+    @property
+    def is_tensor_core(self) -> bool:
+        return self.base in TENSOR_CORE
+
+    @property
+    def conditional(self) -> bool:
+        """Of a branch: it may fall through. Its condition stands in front of it, in its name or among its operands."""
+        return self.guarded or self.opcode in ("BRA.DIV", "BRA.CONV") or re.match(r"!?U?P\w", self.operands) is not None
 
     @property
     def bits(self) -> int:
@@ -35,8 +48,7 @@ class Function:
 
 _FUNCTION = re.compile(r"^\.text\.(\S+):")
 _LABEL = re.compile(r"^(\.L_x?_?\w+|\$\S+):")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_TARGET = re.compile(r"`\(([^)]+)\)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
 def parse(text: str) -> dict[str, Function]:
@@ -51,30 +63,8 @@ def parse(text: str) -> dict[str, Function]:
         elif label := _LABEL.match(line):
             current.labels[label[1]] = len(current.code)
         elif instruction := _INSTRUCTION.match(line):
-            current.code.append(Instruction(instruction[1], instruction[2]))
+            current.code.append(Instruction(instruction[2], instruction[3], instruction[1] is not None))
     return found
-
-
-def innermost_loops(function: Function) -> list[list[Instruction]]:
-    """The code of each loop that holds no other loop: from the target of a backward branch to the branch."""
-    loops = set()
-    for i, instruction in enumerate(function.code):
-        target = _TARGET.search(instruction.operands)
-        if instruction.base in ("BRA", "BRX") and target:
-            start = function.labels.get(target[1], i + 1)
-            if start < i:  # a branch to itself is the padding after the last instruction
-                loops.add((start, i))
-    widest = {start: max(end for first, end in loops if first == start) for start, _ in loops}  # several ways back
-    inner = [
-        (start, end)
-        for start, end in widest.items()
-        if not any((s, e) != (start, end) and start <= s and e <= end for s, e in widest.items())
-    ]
-    return [function.code[start : end + 1] for start, end in sorted(inner)]
-
-
-GLOBAL_LOADS = ("LDG", "LDGSTS")
-TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "DMMA")
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ def mix(code: Sequence[Instruction]) -> Mix:
     shared = [i for i in code if i.base == "LDS"]
     return Mix(
         instructions=len(code),
-        tensor_core=sum(i.base in TENSOR_CORE for i in code),
+        tensor_core=sum(i.is_tensor_core for i in code),
         matrix_loads=sum(i.base == "LDSM" for i in code),
         shared_loads=len(shared),
         narrow_shared_loads=sum(i.bits == 32 for i in shared),
@@ -119,9 +109,3 @@ def _divides(instruction: Instruction) -> bool:
     if instruction.base == "CALL":
         return re.search(r"_(?:div|rem)_[us]\d", instruction.operands) is not None
     return instruction.base == "I2F" and "RP" in instruction.opcode.split(".")
-
-
-def hottest(function: Function) -> list[Instruction]:
-    """The innermost loop that does most: by tensor-core instructions, then by size. Without loops: everything."""
-    loops = innermost_loops(function)
-    return max(loops, key=lambda code: (mix(code).tensor_core, len(code)), default=function.code)

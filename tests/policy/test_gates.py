@@ -1,7 +1,7 @@
 """The readers behind `make gates`, against texts of the tools; and that what they read is complete."""
 
 import pytest
-from gates import build, kernels, occupancy, resources, rules, sass, sources
+from gates import build, kernels, loops, occupancy, resources, rules, sass, sources
 from sources import ROOT, name, tracked
 
 PTXAS = """\
@@ -138,7 +138,7 @@ def test_every_architecture_of_the_build_has_its_limits():
 
 
 def test_only_the_innermost_loop_counts():
-    (loop,) = sass.innermost_loops(functions()["_Z1aIfEv"])
+    (loop,) = loops.innermost_loops(functions()["_Z1aIfEv"])
     assert loop[0].opcode == "LDG.E.128"
     assert loop[-1].base == "BRA"
     assert sass.mix(loop) == sass.Mix(
@@ -154,6 +154,58 @@ def test_only_the_innermost_loop_counts():
         local=0,
         divisions=0,
     )
+
+
+RARE = """\
+.text.f:
+        /*0000*/                   MOV R2, RZ ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   IADD3 R4, R4, R2, RZ ;
+        /*0030*/                   EXIT ;
+.L_x_2:
+        /*0040*/                   MUFU.RCP R4, R5 ;
+        /*0050*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_a_jump_back_from_rare_code_is_no_loop():
+    (function,) = sass.parse(RARE).values()
+    assert loops.loops(function) == []
+    assert loops.hottest(function) == function.code
+
+
+NESTED = """\
+.text.f:
+.L_x_1:
+        /*0000*/                   HMMA.16816.F32 R4, R8, R2, R4 ;
+.L_x_2:
+        /*0010*/                   IADD3 R4, R4, R2, RZ ;
+        /*0020*/                   BSSY B0, `(.L_x_3) ;
+        /*0030*/               @P0 BRA `(.L_x_4) ;
+        /*0040*/                   MOV R1, R2 ;
+.L_x_4:
+        /*0050*/                   BSYNC B0 ;
+.L_x_3:
+        /*0060*/                   BRA P1, `(.L_x_2) ;
+        /*0070*/           @!UP0 BRA `(.L_x_1) ;
+        /*0080*/                   BRA.DIV ~URZ, `(.L_x_5) ;
+.L_x_5:
+        /*0090*/                   FADD R4, R4, R2 ;
+        /*00a0*/              @P2  CALL.REL.NOINC `(.L_x_6) ;
+        /*00b0*/                   BRA `(.L_x_5) ;
+.L_x_6:
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_the_hottest_loop_is_around_the_tensor_cores():
+    (function,) = sass.parse(NESTED).values()
+    inner, last = loops.innermost_loops(function)
+    assert [i.base for i in last] == ["FADD", "CALL", "BRA"]
+    assert [i.base for i in inner] == ["IADD3", "BSSY", "BRA", "MOV", "BSYNC", "BRA"]
+    assert len(loops.loops(function)) == 3
+    assert [i.base for i in loops.hottest(function)] == ["HMMA", *(i.base for i in inner), "BRA"]
 
 
 def test_local_memory_and_division_are_found():
