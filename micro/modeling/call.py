@@ -128,7 +128,7 @@ Scaling = tuple[float, float, float, float]
 def _frequencies(size: int, theta: float, scaling: Scaling | None, device: torch.device) -> Tensor:
     """As :func:`micro.ops.rope_frequencies`; made once, except while tracing, where tensors are not real."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return ops.rope_frequencies(size, theta, scaling).to(device)
+        return ops.rope_frequencies(size, theta, scaling).to(device, non_blocking=True)
     return _kept_frequencies(size, theta, scaling, device)
 
 

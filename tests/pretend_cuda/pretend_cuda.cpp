@@ -238,8 +238,8 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
-  if (to.is_cpu()) note_wait("a copy to the host");
-  if (from.is_cpu() && !non_blocking && from.dim() > 0) note_wait("a blocking copy from the host");
+  if (to.is_cpu() && from.numel() > 0) note_wait("a copy to the host");
+  if (from.is_cpu() && !non_blocking && from.numel() > 0) note_wait("a blocking copy from the host");
   HostView view;
   view.of(to).copy_(view.of(from));
   if (to.is_cuda()) view.was_written(to);
