@@ -31,7 +31,7 @@ struct GradQueryFmaMemory {
   BackwardRows<T, kFmaRows> rows;
 };
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void attention_grad_q_fma(BackwardArgs args) {
   using Memory = GradQueryFmaMemory<T, kHead>;
   constexpr int kKeys = kPartners<T, kHead>;
@@ -48,15 +48,15 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_q_fma(BackwardArgs
   const HeadRows<const T> keys(static_cast<const T*>(args.p.k), args.p.k_strides, run);
   const HeadRows<const T> values(static_cast<const T*>(args.p.v), args.p.v_strides, run);
   __syncthreads();
-  load_tile(memory.q, head_dim, args.aligned, [&](int r) { return memory.rows.template at<T>(args.p.q, r, head_dim); });
-  load_tile(memory.grad_out, head_dim, args.aligned,
-            [&](int r) { return memory.rows.template at<T>(args.p.grad_out, r, head_dim); });
+  load_tile<kAligned>(memory.q, head_dim, [&](int r) { return memory.rows.template at<T>(args.p.q, r, head_dim); });
+  load_tile<kAligned>(memory.grad_out, head_dim,
+                      [&](int r) { return memory.rows.template at<T>(args.p.grad_out, r, head_dim); });
 
   RowSums<T, kHead> sums;
   for (int j0 = 0; j0 < end; j0 += kKeys) {
     __syncthreads();
-    load_tile(memory.k, head_dim, args.aligned, [&](int j) { return keys.at(j0 + j, end, sees); });
-    load_and_wait(memory.v, head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+    load_tile<kAligned>(memory.k, head_dim, [&](int j) { return keys.at(j0 + j, end, sees); });
+    load_and_wait<kAligned>(memory.v, head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
     T scores[kKeys / kRowLanes], grads[kKeys / kRowLanes];
     multiply_row(scores, memory.q, memory.k, head_dim);
     multiply_row(grads, memory.grad_out, memory.v, head_dim);
@@ -70,7 +70,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_q_fma(BackwardArgs
     sums.add(memory.grad_scores, memory.k);
   }
   const int64_t row = memory.rows.rows.row.load(fma_row());
-  if (row >= 0) sums.store_to(static_cast<T*>(args.p.grad_q) + row * head_dim, head_dim, args.aligned);
+  if (row >= 0) sums.store_to(static_cast<T*>(args.p.grad_q) + row * head_dim, head_dim, kAligned);
 }
 
 // ---- grad_k and grad_v ---------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ struct GradKeyFmaMemory {
   BackwardRows<T, kRows> rows;
 };
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv_fma(BackwardArgs args) {
   using Memory = GradKeyFmaMemory<T, kHead>;
   constexpr int kRows = Memory::kRows;
@@ -99,18 +99,17 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv_fma(BackwardArg
   const HeadRows<const T> keys(static_cast<const T*>(args.p.k), args.p.k_strides, run);
   const HeadRows<const T> values(static_cast<const T*>(args.p.v), args.p.v_strides, run);
   const int end = keys_end(s, run, 0, run.rows());
-  load_tile(memory.k, head_dim, args.aligned, [&](int j) { return keys.at(j0 + j, end, sees); });
-  load_tile(memory.v, head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+  load_tile<kAligned>(memory.k, head_dim, [&](int j) { return keys.at(j0 + j, end, sees); });
+  load_tile<kAligned>(memory.v, head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
 
   RowSums<T, kHead> grad_k, grad_v;
   for (int first = 0; first < run.rows(); first += kRows) {
     __syncthreads();
     memory.rows.fill(args, run, first);
     __syncthreads();
-    load_tile(memory.q, head_dim, args.aligned,
-              [&](int r) { return memory.rows.template at<T>(args.p.q, r, head_dim); });
-    load_and_wait(memory.grad_out, head_dim, args.aligned,
-                  [&](int r) { return memory.rows.template at<T>(args.p.grad_out, r, head_dim); });
+    load_tile<kAligned>(memory.q, head_dim, [&](int r) { return memory.rows.template at<T>(args.p.q, r, head_dim); });
+    load_and_wait<kAligned>(memory.grad_out, head_dim,
+                            [&](int r) { return memory.rows.template at<T>(args.p.grad_out, r, head_dim); });
     T scores[kRows / kRowLanes], grads[kRows / kRowLanes];
     multiply_row(scores, memory.k, memory.q, head_dim);
     multiply_row(grads, memory.v, memory.grad_out, head_dim);
@@ -129,7 +128,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv_fma(BackwardArg
   const auto store_key = [&](const RowSums<T, kHead>& sums, void* grad, const HeadStrides& strides) {
     if (grad == nullptr || j0 + fma_row() >= keys_count) return;
     const HeadRows<T> rows(static_cast<T*>(grad), strides, run);
-    sums.store_to(rows.data + (j0 + fma_row()) * rows.step, head_dim, args.aligned);
+    sums.store_to(rows.data + (j0 + fma_row()) * rows.step, head_dim, kAligned);
   };
   store_key(grad_k, args.p.grad_k, args.p.grad_k_strides);
   store_key(grad_v, args.p.grad_v, args.p.grad_v_strides);

@@ -33,7 +33,7 @@ __device__ __forceinline__ void differentiate(const float (&scores)[kTiles][4], 
   }
 }
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void attention_grad_q(BackwardArgs args) {
   using Memory = GradQueryMemory<T, kHead>;
   constexpr int kKeys = kKeyBlock<kHead>;
@@ -54,14 +54,14 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_q(BackwardArgs arg
   __syncthreads();
 
   const auto fetch_keys = [&](int j0) {
-    if (j0 < end) load_tile(memory.k, head_dim, args.aligned, [&](int j) { return keys.at(j0 + j, end, sees); });
+    if (j0 < end) load_tile<kAligned>(memory.k, head_dim, [&](int j) { return keys.at(j0 + j, end, sees); });
   };
   const auto fetch_values = [&](int j0) {
-    if (j0 < end) load_tile(memory.v, head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+    if (j0 < end) load_tile<kAligned>(memory.v, head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
   };
-  load_tile(memory.q, head_dim, args.aligned, [&](int r) { return memory.rows.template at<T>(args.p.q, r, head_dim); });
-  load_tile(memory.grad_out, head_dim, args.aligned,
-            [&](int r) { return memory.rows.template at<T>(args.p.grad_out, r, head_dim); });
+  load_tile<kAligned>(memory.q, head_dim, [&](int r) { return memory.rows.template at<T>(args.p.q, r, head_dim); });
+  load_tile<kAligned>(memory.grad_out, head_dim,
+                      [&](int r) { return memory.rows.template at<T>(args.p.grad_out, r, head_dim); });
   fetch_keys(0);
   fetch_values(0);
   copy_commit();
@@ -90,7 +90,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_q(BackwardArgs arg
     copy_commit();
   }
   const float one[2] = {1, 1};
-  store_result(sums, one, memory.q, own_row, head_dim, args.aligned, [&](int r) {
+  store_result<kAligned>(sums, one, memory.q, own_row, head_dim, [&](int r) {
     const int64_t row = memory.rows.rows.row.load(r);
     return row < 0 ? nullptr : static_cast<T*>(args.p.grad_q) + row * head_dim;
   });
@@ -109,25 +109,25 @@ struct GradKeyMemory {
   BackwardRows<float, kRows> rows[kStages];
 };
 
-// Scores of the keys of a warp, from first_key on, with the queries of a tile from first_row on, to weights.
+// Scores of a warp's keys with the queries of a tile from first_row on, to weights. key: of the lane's first row;
+// real: whether that slot and the one 8 behind it are.
 template <int kTiles, int kRows>
-__device__ __forceinline__ void weigh_queries(float (&scores)[kTiles][4], float scale, bool hide, int first_key,
-                                              const Sight& sees, const BackwardRows<float, kRows>& rows,
-                                              int first_row) {
+__device__ __forceinline__ void weigh_queries(float (&scores)[kTiles][4], float scale, bool hide, int key,
+                                              const bool (&real)[2], const Sight& sees,
+                                              const BackwardRows<float, kRows>& rows, int first_row) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const int row = first_row + n * kMmaColumns + fragment_column() + column;
-      const float logsumexp = rows.logsumexp.load(row);
-      const int limit = hide ? rows.rows.limit.load(row) : 0, mask_row = hide ? rows.rows.mask_row.load(row) : 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& x = scores[n][2 * half + column];
-        x *= scale;
-        if (hide) x = sees(x, first_key + fragment_row() + 8 * half, limit, mask_row);
-        x = power_of_2(x - logsumexp);
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + n * kMmaColumns + fragment_column() + i % 2, j = key + 8 * (i / 2);
+      float& x = scores[n][i];
+      x *= scale;
+      if (hide) {
+        const int limit = rows.rows.limit.load(row);
+        if (pairwise(sees.s) && j < limit) x = sees.pair(x, j, rows.rows.mask_row.load(row));
+        if (j >= limit || !real[i / 2]) x = hidden<float>();
       }
+      x = power_of_2(x - rows.logsumexp.load(row));
     }
   }
 }
@@ -149,7 +149,7 @@ __device__ __forceinline__ void differentiate_queries(const float (&weights)[kTi
 
 // One block of keys of one (b, e, g) and all queries that may see them, in the order of the plan. Which of the two
 // gradients: large heads have registers for one at a time.
-template <class T, int kHead, bool kGradK, bool kGradV>
+template <class T, int kHead, bool kAligned, bool kGradK, bool kGradV>
 __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs args) {
   using Memory = GradKeyMemory<T, kHead>;
   constexpr int kRows = Memory::kRows, kStages = Memory::kStages, kStep = Memory::kStep;
@@ -164,24 +164,24 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs ar
   const Sight sees{s, run.b};
   const auto fetch = [&](int stage) {
     const auto& rows = memory.rows[stage];
-    load_tile(memory.q[stage], head_dim, args.aligned,
-              [&](int r) { return rows.template at<T>(args.p.q, r, head_dim); });
-    load_tile(memory.grad_out[stage], head_dim, args.aligned,
-              [&](int r) { return rows.template at<T>(args.p.grad_out, r, head_dim); });
+    load_tile<kAligned>(memory.q[stage], head_dim, [&](int r) { return rows.template at<T>(args.p.q, r, head_dim); });
+    load_tile<kAligned>(memory.grad_out[stage], head_dim,
+                        [&](int r) { return rows.template at<T>(args.p.grad_out, r, head_dim); });
     copy_commit();
   };
   if (run.rows() > 0) {
     const HeadRows<const T> keys(static_cast<const T*>(args.p.k), args.p.k_strides, run);
     const HeadRows<const T> values(static_cast<const T*>(args.p.v), args.p.v_strides, run);
     const int end = keys_end(s, run, 0, run.rows());
-    load_tile(memory.k, head_dim, args.aligned, [&](int j) { return keys.at(j0 + j, end, sees); });
-    if constexpr (kGradK)
-      load_tile(memory.v, head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+    load_tile<kAligned>(memory.k, head_dim, [&](int j) { return keys.at(j0 + j, end, sees); });
+    if constexpr (kGradK) load_tile<kAligned>(memory.v, head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
     memory.rows[0].fill(args, run, 0);
     __syncthreads();
     fetch(0);
   }
 
+  const int key = j0 + own_key + fragment_row();
+  const bool real[2] = {key < keys_count && sees.real(key), key + 8 < keys_count && sees.real(key + 8)};
   float grad_k[kGradK ? kHead / kMmaColumns : 1][4] = {}, grad_v[kGradV ? kHead / kMmaColumns : 1][4] = {};
   for (int first = 0; first < run.rows(); first += kRows) {
     const int stage = first / kRows % kStages, next = (stage + 1) % kStages;
@@ -198,7 +198,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs ar
         float weights[kStep / kMmaColumns][4] = {};
         uint32_t factor[kStep / 16][4];
         multiply_rows(weights, memory.k, own_key, memory.q[stage], row);
-        weigh_queries(weights, static_cast<float>(s.scale * kLog2E), hide, j0 + own_key, sees, rows, row);
+        weigh_queries(weights, static_cast<float>(s.scale * kLog2E), hide, key, real, sees, rows, row);
         if constexpr (kGradV) {
           to_factor<T>(factor, weights);
           multiply_columns(grad_v, factor, memory.grad_out[stage], row);
@@ -224,8 +224,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs ar
   const auto store_keys = [&](const auto& sums, auto& tile, void* grad, const HeadStrides& strides) {
     if (grad == nullptr) return;
     const HeadRows<T> rows(static_cast<T*>(grad), strides, run);
-    store_result(sums, one, tile, own_key, head_dim, args.aligned,
-                 [&](int r) { return j0 + r < keys_count ? rows.data + (j0 + r) * rows.step : nullptr; });
+    store_result<kAligned>(sums, one, tile, own_key, head_dim,
+                           [&](int r) { return j0 + r < keys_count ? rows.data + (j0 + r) * rows.step : nullptr; });
   };
   if constexpr (kGradK) store_keys(grad_k, memory.v, args.p.grad_k, args.p.grad_k_strides);
   if constexpr (kGradV) store_keys(grad_v, memory.k, args.p.grad_v, args.p.grad_v_strides);

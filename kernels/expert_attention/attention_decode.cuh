@@ -82,7 +82,7 @@ __device__ __forceinline__ void merge_warps(Memory& memory, float (&sums)[kHead 
 }
 
 // memory.out to the output, or to the partial results of the block's split.
-template <class T, int kHead, class Memory>
+template <class T, int kHead, bool kAligned, class Memory>
 __device__ __forceinline__ void store_merged(const ForwardArgs& args, const Memory& memory, int64_t split) {
   constexpr int kWidth = 4;
   const int head_dim = static_cast<int>(args.p.shape.head_dim);
@@ -105,14 +105,14 @@ __device__ __forceinline__ void store_merged(const ForwardArgs& args, const Memo
     Vec<T, kWidth> value;
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) value[e] = T(total[e] * divisor);
-    write_chunk(static_cast<T*>(args.p.out) + row * head_dim + d, args.aligned, value);
+    write_chunk(static_cast<T*>(args.p.out) + row * head_dim + d, kAligned, value);
     if (d == 0)
       store(static_cast<float*>(args.p.logsumexp) + row,
             sum == 0 ? hidden<float>() : most * static_cast<float>(kLn2) + logf(sum));
   }
 }
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void attention_decode(ForwardArgs args) {
   using Memory = DecodeMemory<T, kHead>;
   constexpr int kStages = Memory::kStages;
@@ -122,7 +122,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_decode(ForwardArgs args
   const int64_t busy_blocks = run_blocks(s, args.tiles, args.splits);
   if (blockIdx.x >= busy_blocks)
     return clear_idle<T>(s, blockIdx.x - busy_blocks, static_cast<T*>(args.p.out),
-                         static_cast<float*>(args.p.logsumexp), args.aligned);
+                         static_cast<float*>(args.p.logsumexp), kAligned);
 
   const Place place(blockIdx.x, args.tiles, args.splits);
   const Run run = find_run(s, args.heads, place.head);
@@ -139,12 +139,12 @@ __global__ __launch_bounds__(kThreads, 2) void attention_decode(ForwardArgs args
 
   const auto fetch = [&](int j0, int stage) {
     if (j0 < end) {
-      load_tile(memory.k[stage], head_dim, args.aligned, [&](int j) { return keys.at(j0 + j, end, sees); });
-      load_tile(memory.v[stage], head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+      load_tile<kAligned>(memory.k[stage], head_dim, [&](int j) { return keys.at(j0 + j, end, sees); });
+      load_tile<kAligned>(memory.v[stage], head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
     }
     copy_commit();
   };
-  load_tile(memory.q, head_dim, args.aligned, [&](int r) {
+  load_tile<kAligned>(memory.q, head_dim, [&](int r) {
     const int64_t row = memory.rows.row.load(r);
     return row < 0 ? nullptr : static_cast<const T*>(args.p.q) + row * head_dim;
   });
@@ -173,7 +173,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_decode(ForwardArgs args
     if constexpr (kStages == 1) fetch(j0 + kDecodeKeys, 0);
   }
   merge_warps<kHead>(memory, sums, softmax);
-  store_merged<T, kHead>(args, memory, place.split);
+  store_merged<T, kHead, kAligned>(args, memory, place.split);
 }
 
 // ---- the blocks' results to one ------------------------------------------------------------------------------------

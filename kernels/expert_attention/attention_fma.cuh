@@ -103,11 +103,10 @@ __device__ __forceinline__ T row_max(T value) {
 }
 
 // Loads a tile and waits for it. The barrier before: nobody reads the tile any more.
-template <class T, int kHead, int kRows, class From>
-__device__ __forceinline__ void load_and_wait(Tile<T, kHead, kRows>& tile, int head_dim, bool aligned,
-                                              const From& from) {
+template <bool kAligned, class T, int kHead, int kRows, class From>
+__device__ __forceinline__ void load_and_wait(Tile<T, kHead, kRows>& tile, int head_dim, const From& from) {
   __syncthreads();
-  load_tile(tile, head_dim, aligned, from);
+  load_tile<kAligned>(tile, head_dim, from);
   copy_commit();
   copy_wait<0>();
   __syncthreads();

@@ -72,6 +72,21 @@ __device__ void clear_idle(const ExpertAttentionShape& s, int64_t block, T* out,
 
 // ---- softmax of two rows of fragments ------------------------------------------------------------------------------
 
+// Which of up to 64 slots are real, as bits: lane l looks at the slots 2 l and 2 l + 1. Called by whole warps.
+struct RealKeys {
+  unsigned even = kAllLanes, odd = kAllLanes;
+
+  __device__ RealKeys(const Sight& sees, int first_key, int count) {
+    if (sees.s.mask_kind != AttentionMask::kKeys) return;
+    const int j = first_key + 2 * lane();
+    const bool inside = 2 * lane() < count;
+    even = __ballot_sync(kAllLanes, inside && j < sees.s.keys && sees.real(j));
+    odd = __ballot_sync(kAllLanes, inside && j + 1 < sees.s.keys && sees.real(j + 1));
+  }
+  // This lane's column i of tile n of the fragments.
+  __device__ bool at(int n, int i) const { return ((i == 0 ? even : odd) >> (n * 4 + lane() % 4)) & 1u; }
+};
+
 // Scores to powers of 2 as the rows see them. first_key: of the fragments; hide: something of it may be hidden.
 template <int kTiles, int kRows>
 __device__ __forceinline__ void show_scores(float (&s)[kTiles][4], float scale, bool hide, int first_key,
@@ -82,15 +97,28 @@ __device__ __forceinline__ void show_scores(float (&s)[kTiles][4], float scale, 
     for (int i = 0; i < 4; ++i) s[n][i] *= scale;
   }
   if (!hide) return;
+  const RealKeys real(sees, first_key, kTiles * kMmaColumns);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + fragment_row() + 8 * half;
-    const int limit = rows.limit.load(row), mask_row = rows.mask_row.load(row);
+    const int row = first_row + fragment_row() + 8 * half, column = first_key + fragment_column();
+    const int limit = rows.limit.load(row);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i)
-        s[n][i] = sees(s[n][i], first_key + n * kMmaColumns + fragment_column() + i % 2, limit, mask_row);
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[n][2 * half + i];
+        if (column + n * kMmaColumns + i >= limit || !real.at(n, i)) x = hidden<float>();
+      }
+    }
+    if (!pairwise(sees.s)) continue;
+    const int mask_row = rows.mask_row.load(row);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[n][2 * half + i];
+        if (column + n * kMmaColumns + i < limit) x = sees.pair(x, column + n * kMmaColumns + i, mask_row);
+      }
     }
   }
 }
@@ -144,7 +172,7 @@ struct ForwardMemory {
   RowsMemory<kRows> rows;
 };
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs args) {
   using Memory = ForwardMemory<T, kHead>;
   constexpr int kKeys = kKeyBlock<kHead>;
@@ -154,7 +182,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs arg
   auto* logsumexp = static_cast<float*>(args.p.logsumexp);
   const int head_dim = static_cast<int>(s.head_dim);
   const int64_t busy_blocks = run_blocks(s, args.tiles, 1);
-  if (blockIdx.x >= busy_blocks) return clear_idle<T>(s, blockIdx.x - busy_blocks, out, logsumexp, args.aligned);
+  if (blockIdx.x >= busy_blocks) return clear_idle<T>(s, blockIdx.x - busy_blocks, out, logsumexp, kAligned);
 
   const Place place(blockIdx.x, args.tiles, 1);
   const Run run = find_run(s, args.heads, place.head);
@@ -169,11 +197,11 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs arg
   const HeadRows<const T> values(static_cast<const T*>(args.p.v), args.p.v_strides, run);
   __syncthreads();
 
-  load_tile(memory.q, head_dim, args.aligned, [&](int r) {
+  load_tile<kAligned>(memory.q, head_dim, [&](int r) {
     const int64_t row = memory.rows.row.load(r);
     return row < 0 ? nullptr : static_cast<const T*>(args.p.q) + row * head_dim;
   });
-  load_tile(memory.k, head_dim, args.aligned, [&](int j) { return keys.at(j, end, sees); });
+  load_tile<kAligned>(memory.k, head_dim, [&](int j) { return keys.at(j, end, sees); });
   copy_commit();
 
   // The first rows of a warp have its lowest limit; below it nothing is hidden unless there is a mask.
@@ -184,7 +212,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs arg
   for (int j0 = 0; j0 < end; j0 += kKeys) {
     copy_wait<0>();
     __syncthreads();  // the keys are there, and everyone has left the values
-    load_tile(memory.v, head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+    load_tile<kAligned>(memory.v, head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
     copy_commit();
     uint32_t weights[kKeys / 16][4] = {};
     if (j0 < own_end) {
@@ -199,7 +227,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs arg
     copy_wait<0>();
     __syncthreads();  // the values are there, and everyone has left the keys
     if (j0 + kKeys < end)
-      load_tile(memory.k, head_dim, args.aligned, [&](int j) { return keys.at(j0 + kKeys + j, end, sees); });
+      load_tile<kAligned>(memory.k, head_dim, [&](int j) { return keys.at(j0 + kKeys + j, end, sees); });
     copy_commit();
     if (j0 < own_end) multiply_columns(sums, weights, memory.v, 0);
   }
@@ -213,7 +241,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward(ForwardArgs arg
     if (row >= 0 && lane() % 4 == 0)
       store(logsumexp + row, sum == 0 ? hidden<float>() : softmax.most[half] * static_cast<float>(kLn2) + logf(sum));
   }
-  store_result(sums, divisor, memory.q, own_row, head_dim, args.aligned, [&](int r) {
+  store_result<kAligned>(sums, divisor, memory.q, own_row, head_dim, [&](int r) {
     const int64_t row = memory.rows.row.load(r);
     return row < 0 ? nullptr : out + row * head_dim;
   });

@@ -41,6 +41,7 @@ struct RowSoftmax {
     }
   }
 
+  template <bool kAligned>
   __device__ __forceinline__ void store_row(const ForwardArgs& args, int64_t row, int64_t split) {
     const int head_dim = static_cast<int>(args.p.shape.head_dim);
     const T all = row_sum(sum);
@@ -54,13 +55,13 @@ struct RowSoftmax {
       return;
     }
     out.scale(all == 0 ? 0 : 1 / all);  // nothing seen: 0
-    out.store_to(static_cast<T*>(args.p.out) + row * head_dim, head_dim, args.aligned);
+    out.store_to(static_cast<T*>(args.p.out) + row * head_dim, head_dim, kAligned);
     if (fma_lane() == 0)
       store(static_cast<T*>(args.p.logsumexp) + row, all == 0 ? hidden<T>() : most * static_cast<T>(kLn2) + log(all));
   }
 };
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void attention_forward_fma(ForwardArgs args) {
   using Memory = ForwardFmaMemory<T, kHead>;
   constexpr int kKeys = kPartners<T, kHead>;
@@ -70,7 +71,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_fma(ForwardArgs
   const int64_t busy_blocks = run_blocks(s, args.tiles, args.splits);
   if (blockIdx.x >= busy_blocks)
     return clear_idle<T>(s, blockIdx.x - busy_blocks, static_cast<T*>(args.p.out), static_cast<T*>(args.p.logsumexp),
-                         args.aligned);
+                         kAligned);
 
   const Place place(blockIdx.x, args.tiles, args.splits);
   const Run run = find_run(s, args.heads, place.head);
@@ -83,7 +84,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_fma(ForwardArgs
   const Sight sees{s, run.b};
   const HeadRows<const T> keys(static_cast<const T*>(args.p.k), args.p.k_strides, run);
   const HeadRows<const T> values(static_cast<const T*>(args.p.v), args.p.v_strides, run);
-  load_and_wait(memory.q, head_dim, args.aligned, [&](int r) {
+  load_and_wait<kAligned>(memory.q, head_dim, [&](int r) {
     const int64_t row = memory.rows.row.load(r);
     return row < 0 ? nullptr : static_cast<const T*>(args.p.q) + row * head_dim;
   });
@@ -92,17 +93,17 @@ __global__ __launch_bounds__(kThreads, 2) void attention_forward_fma(ForwardArgs
   const int limit = memory.rows.limit.load(fma_row()), mask_row = memory.rows.mask_row.load(fma_row());
   RowSoftmax<T, kHead> softmax;
   for (int j0 = begin; j0 < end; j0 += kKeys) {
-    load_and_wait(memory.keys, head_dim, args.aligned, [&](int j) { return keys.at(j0 + j, end, sees); });
+    load_and_wait<kAligned>(memory.keys, head_dim, [&](int j) { return keys.at(j0 + j, end, sees); });
     T scores[kKeys / kRowLanes];
     multiply_row(scores, memory.q, memory.keys, head_dim);
 #pragma unroll
     for (int i = 0; i < kKeys / kRowLanes; ++i)
       scores[i] = sees(scores[i] * scale, j0 + fma_lane() + kRowLanes * i, limit, mask_row);
     softmax.weigh(scores, memory.weights);
-    load_and_wait(memory.keys, head_dim, args.aligned, [&](int j) { return values.at(j0 + j, end, sees); });
+    load_and_wait<kAligned>(memory.keys, head_dim, [&](int j) { return values.at(j0 + j, end, sees); });
     softmax.out.add(memory.weights, memory.keys);
   }
-  softmax.store_row(args, memory.rows.row.load(fma_row()), place.split);
+  softmax.template store_row<kAligned>(args, memory.rows.row.load(fma_row()), place.split);
 }
 
 }  // namespace micro_kernels::cuda

@@ -52,12 +52,14 @@ bool heads_aligned(const void* heads, const HeadStrides& strides) {
   return all_aligned({heads});
 }
 
-// Calls body.operator()<kHead>() with the head size, up to what kernels are made for.
+// Calls body.operator()<kHead, kAligned>() with the head size up to what kernels are made for. Single elements are moved
+// by one kernel for all sizes.
 template <class Body>
-auto with_head_size(int64_t head_dim, const Body& body) {
-  if (head_dim <= 64) return body.template operator()<64>();
-  if (head_dim <= 128) return body.template operator()<128>();
-  return body.template operator()<256>();
+auto with_head_size(int64_t head_dim, bool aligned, const Body& body) {
+  if (!aligned) return body.template operator()<256, false>();
+  if (head_dim <= 64) return body.template operator()<64, true>();
+  if (head_dim <= 128) return body.template operator()<128, true>();
+  return body.template operator()<256, true>();
 }
 
 // ---- the share of the tensor cores' work that is needed

@@ -97,16 +97,20 @@ struct Sight {
   __device__ bool real(int j) const {
     return s.mask_kind != AttentionMask::kKeys || load(static_cast<const uint8_t*>(s.mask) + b * s.keys + j) != 0;
   }
-  // The score of slot j, in powers of 2, as a query with this limit and row of the mask sees it.
+  // The score of slot j, in powers of 2, under a pairwise mask.
   template <class Acc>
-  __device__ Acc operator()(Acc score, int j, int limit, int mask_row) const {
-    if (j >= limit) return hidden<Acc>();
-    if (!pairwise(s)) return real(j) ? score : hidden<Acc>();
+  __device__ Acc pair(Acc score, int j, int mask_row) const {
     const int64_t at = mask_row * s.keys + j;
     if (s.mask_kind == AttentionMask::kPairs)
       return load(static_cast<const uint8_t*>(s.mask) + at) ? score : hidden<Acc>();
     const Acc bias = load(static_cast<const Acc*>(s.mask) + at);
     return bias == hidden<Acc>() ? bias : score + bias * static_cast<Acc>(kLog2E);
+  }
+  // The score of slot j as a query with this limit and row of the mask sees it.
+  template <class Acc>
+  __device__ Acc operator()(Acc score, int j, int limit, int mask_row) const {
+    if (j >= limit || !real(j)) return hidden<Acc>();
+    return pairwise(s) ? pair(score, j, mask_row) : score;
   }
 };
 

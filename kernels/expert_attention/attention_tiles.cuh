@@ -52,24 +52,23 @@ __device__ __forceinline__ void write_chunk(T* to, bool aligned, const Vec<T, kC
 }
 
 // Row r of the tile becomes the head_dim elements at from(r), or zeros where that is null; columns behind head_dim
-// become zeros. aligned: every row begins at a multiple of 16 bytes; then the copies are asynchronous. By the whole
+// become zeros. kAligned: every row begins at a multiple of 16 bytes; then the copies are asynchronous. By the whole
 // block, without a barrier.
-template <class T, int kHead, int kRows, class From>
-__device__ __forceinline__ void load_tile(Tile<T, kHead, kRows>& tile, int head_dim, bool aligned, const From& from) {
+template <bool kAligned, class T, int kHead, int kRows, class From>
+__device__ __forceinline__ void load_tile(Tile<T, kHead, kRows>& tile, int head_dim, const From& from) {
   using Rows = Tile<T, kHead, kRows>;
   constexpr int kCells = kRows * Rows::kChunks;
-#pragma unroll 4
+#pragma unroll(!kAligned ? 1 : kHead <= 128 ? 8 : 2)
   for (int first = 0; first < kCells; first += kThreads) {
     const int i = first + static_cast<int>(threadIdx.x);
     if (kCells % kThreads != 0 && i >= kCells) break;
     const int row = i / Rows::kChunks, chunk = i % Rows::kChunks, d = chunk * Rows::kChunk;
     const T* source = from(row);
     const bool there = source != nullptr && d < head_dim;
-    if (aligned) {
+    if constexpr (kAligned)
       copy_async16(tile.address(row, chunk), there ? source + d : source, there);
-      continue;
-    }
-    tile.store_chunk(row, chunk, there ? read_chunk(source + d, false) : Vec<T, Rows::kChunk>{});
+    else
+      tile.store_chunk(row, chunk, there ? read_chunk(source + d, false) : Vec<T, Rows::kChunk>{});
   }
 }
 
@@ -159,10 +158,9 @@ __device__ __forceinline__ void to_factor(uint32_t (&weights)[kTiles / 2][4], co
 
 // A warp's result times `factor` of its two rows, through 16 rows of a tile that only this warp uses, to
 // to(row of the tile); null: nowhere.
-template <class T, int kHead, int kRows, class To>
+template <bool kAligned, class T, int kHead, int kRows, class To>
 __device__ __forceinline__ void store_result(const float (&d)[kHead / 8][4], const float (&factor)[2],
-                                             Tile<T, kHead, kRows>& tile, int first_row, int head_dim, bool aligned,
-                                             const To& to) {
+                                             Tile<T, kHead, kRows>& tile, int first_row, int head_dim, const To& to) {
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kHead / 8; ++n) {
@@ -181,7 +179,7 @@ __device__ __forceinline__ void store_result(const float (&d)[kHead / 8][4], con
     const int row = first_row + i / (kHead / 8), chunk = i % (kHead / 8);
     T* target = to(row);
     if (target != nullptr && chunk * 8 < head_dim)
-      write_chunk(target + chunk * 8, aligned, tile.load_chunk(row, chunk));
+      write_chunk(target + chunk * 8, kAligned, tile.load_chunk(row, chunk));
   }
 }
 

@@ -22,14 +22,16 @@ Status start(void (*kernel)(ForwardArgs), int rows_of_tile, ForwardArgs args, vo
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(Memory), stream, args);
 }
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 Status forward(const ForwardArgs& args, void* stream) {
   if constexpr (sizeof(T) > 2) {
-    return start<ForwardFmaMemory<T, kHead>>(attention_forward_fma<T, kHead>, kFmaRows, args, stream);
+    return start<ForwardFmaMemory<T, kHead>>(attention_forward_fma<T, kHead, kAligned>, kFmaRows, args, stream);
   } else if (args.p.shape.slots <= kFewSlots) {
-    return start<DecodeMemory<T, kHead>>(attention_decode<T, kHead>, DecodeMemory<T, kHead>::kRows, args, stream);
+    return start<DecodeMemory<T, kHead>>(attention_decode<T, kHead, kAligned>, DecodeMemory<T, kHead>::kRows, args,
+                                         stream);
   } else {
-    return start<ForwardMemory<T, kHead>>(attention_forward<T, kHead>, ForwardMemory<T, kHead>::kRows, args, stream);
+    return start<ForwardMemory<T, kHead>>(attention_forward<T, kHead, kAligned>, ForwardMemory<T, kHead>::kRows, args,
+                                          stream);
   }
 }
 
@@ -51,7 +53,9 @@ Status expert_attention(const ExpertAttentionParams& p, void* workspace, void* s
   return dispatch_device(s.dtype, [&]<class T>() {
     args.aligned =
         all_aligned({p.q, p.out}) && heads_aligned<T>(p.k, p.k_strides) && heads_aligned<T>(p.v, p.v_strides);
-    const Status status = with_head_size(s.head_dim, [&]<int kHead>() { return forward<T, kHead>(args, stream); });
+    const Status status = with_head_size(s.head_dim, args.aligned, [&]<int kHead, bool kAligned>() {
+      return forward<T, kHead, kAligned>(args, stream);
+    });
     if (status != Status::kOk || args.splits == 1) return status;
     return launch(attention_merge<T>, dim3(static_cast<unsigned>(ceil_div(s.rows * s.heads, kMergeRows))),
                   dim3(kThreads), stream, args);

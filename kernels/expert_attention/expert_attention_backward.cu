@@ -18,33 +18,36 @@ Status start(void (*kernel)(BackwardArgs), int64_t tiles, BackwardArgs args, voi
                 sizeof(Memory), stream, args);
 }
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 Status grad_q(const BackwardArgs& args, void* stream) {
   const ExpertAttentionShape& s = args.p.shape;
   const int64_t rows = s.slots * args.heads.count;
   if constexpr (sizeof(T) > 2)
-    return start<GradQueryFmaMemory<T, kHead>>(attention_grad_q_fma<T, kHead>, ceil_div(rows, kFmaRows), args, stream);
+    return start<GradQueryFmaMemory<T, kHead>>(attention_grad_q_fma<T, kHead, kAligned>, ceil_div(rows, kFmaRows), args,
+                                               stream);
   else
-    return start<GradQueryMemory<T, kHead>>(attention_grad_q<T, kHead>,
+    return start<GradQueryMemory<T, kHead>>(attention_grad_q<T, kHead, kAligned>,
                                             ceil_div(rows, GradQueryMemory<T, kHead>::kRows), args, stream);
 }
 
-template <class T, int kHead>
+template <class T, int kHead, bool kAligned>
 Status grad_kv(const BackwardArgs& args, void* stream) {
   const int64_t keys = args.p.shape.keys;
   if constexpr (sizeof(T) > 2) {
-    return start<GradKeyFmaMemory<T, kHead>>(attention_grad_kv_fma<T, kHead>, ceil_div(keys, kFmaRows), args, stream);
+    return start<GradKeyFmaMemory<T, kHead>>(attention_grad_kv_fma<T, kHead, kAligned>, ceil_div(keys, kFmaRows), args,
+                                             stream);
   } else {
     using Memory = GradKeyMemory<T, kHead>;
     const int64_t tiles = ceil_div(keys, Memory::kKeys);
     if constexpr (kHead <= 128) {
-      return start<Memory>(attention_grad_kv<T, kHead, true, true>, tiles, args, stream);
+      return start<Memory>(attention_grad_kv<T, kHead, kAligned, true, true>, tiles, args, stream);
     } else {
       if (args.p.grad_k) {
-        const Status status = start<Memory>(attention_grad_kv<T, kHead, true, false>, tiles, args, stream);
+        const Status status = start<Memory>(attention_grad_kv<T, kHead, kAligned, true, false>, tiles, args, stream);
         if (status != Status::kOk) return status;
       }
-      return args.p.grad_v ? start<Memory>(attention_grad_kv<T, kHead, false, true>, tiles, args, stream) : Status::kOk;
+      return args.p.grad_v ? start<Memory>(attention_grad_kv<T, kHead, kAligned, false, true>, tiles, args, stream)
+                           : Status::kOk;
     }
   }
 }
@@ -75,13 +78,13 @@ Status expert_attention_backward(const ExpertAttentionBackwardParams& p, void* w
       const Status status = delta<T>(args, stream);
       if (status != Status::kOk) return status;
     }
-    return with_head_size(s.head_dim, [&]<int kHead>() {
+    return with_head_size(s.head_dim, args.aligned, [&]<int kHead, bool kAligned>() {
       if (s.rows > 0 && p.grad_q) {
-        const Status status = grad_q<T, kHead>(args, stream);
+        const Status status = grad_q<T, kHead, kAligned>(args, stream);
         if (status != Status::kOk) return status;
       }
       const bool any_keys = s.batch * s.experts * s.keys > 0;
-      return any_keys && (p.grad_k || p.grad_v) ? grad_kv<T, kHead>(args, stream) : Status::kOk;
+      return any_keys && (p.grad_k || p.grad_v) ? grad_kv<T, kHead, kAligned>(args, stream) : Status::kOk;
     });
   });
 }
