@@ -1,6 +1,7 @@
 #pragma once
 // Device code of what lies between a layer's products: statistics, the decision, rows that are turned or added. One
-// warp per row; sums have one order, whatever the number of rows.
+// warp per row; sums have one order, whatever the number of rows. The second number of the launch bounds keeps the
+// compiler from trading a few spills for more blocks.
 
 #include <cassert>
 
@@ -133,7 +134,7 @@ __device__ __forceinline__ void make_logits(const TokenStep& p, int64_t token) {
 }
 
 template <class T, class Logit, int N, int kWidth>
-__global__ void __launch_bounds__(kRowThreads, 1) block_token_kernel(TokenStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) block_token_kernel(TokenStep p) {
   using Acc = accumulator_t<T>;
   const int64_t token = warp_row();
   const int lane = warp_lane();
@@ -248,7 +249,7 @@ __device__ __forceinline__ void turn_key(const TurnStep& p, const TurnRows& rows
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) block_turn_kernel(TurnStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) block_turn_kernel(TurnStep p) {
   int64_t row = warp_row();
   if (row < p.queries.rows) {
     const int64_t expert = p.query_experts ? load(p.query_experts + row) : 0;
@@ -305,7 +306,7 @@ __device__ __forceinline__ void join_columns(const JoinStep& p, int64_t row, con
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) block_join_kernel(JoinStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) block_join_kernel(JoinStep p) {
   using Acc = accumulator_t<T>;
   const int64_t row = warp_row();
   if (row >= p.rows) return;

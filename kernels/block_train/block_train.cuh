@@ -114,7 +114,7 @@ __device__ __forceinline__ void split_plan_row(const SplitStep& p, int64_t row) 
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) train_split_kernel(SplitStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) train_split_kernel(SplitStep p) {
   using Acc = accumulator_t<T>;
   int64_t row = warp_row();
   if (row < p.pairs) return split_plan_row<T, N>(p, row);
@@ -147,7 +147,7 @@ struct GradNormStep {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) train_grad_norm_kernel(GradNormStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) train_grad_norm_kernel(GradNormStep p) {
   using Acc = accumulator_t<T>;
   const int64_t row = warp_row();
   if (row >= p.rows) return;
@@ -246,7 +246,7 @@ __device__ __forceinline__ void add_residuals(const GradInputStep& p, int64_t to
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads, 1) train_grad_input_kernel(GradInputStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) train_grad_input_kernel(GradInputStep p) {
   using Acc = accumulator_t<T>;
   const int64_t token = warp_row();
   if (token >= p.tokens) return;
@@ -296,7 +296,7 @@ __device__ __forceinline__ T grad_logit(const GradLogitsStep& p, int64_t at) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kRowThreads) train_grad_logits_kernel(GradLogitsStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) train_grad_logits_kernel(GradLogitsStep p) {
   using Acc = accumulator_t<T>;
   const int64_t token = warp_row();
   if (token >= p.tokens) return;
@@ -364,7 +364,7 @@ __device__ __forceinline__ void add_gain(const void* grad, int64_t grad_row, con
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kGainThreads) train_gain_parts_kernel(GainStep p) {
+__global__ void __launch_bounds__(kGainThreads, 4) train_gain_parts_kernel(GainStep p) {
   using Acc = accumulator_t<T>;
   const int64_t h = (int64_t{blockIdx.x} * kGainThreads + threadIdx.x) * N, expert = blockIdx.y;
   const int norm = static_cast<int>(blockIdx.z) / kGainParts, part = static_cast<int>(blockIdx.z) % kGainParts;
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kGainThreads) train_gain_parts_kernel(GainStep
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGainThreads) train_gains_kernel(GainStep p) {
+__global__ void __launch_bounds__(kGainThreads, 4) train_gains_kernel(GainStep p) {
   using Acc = accumulator_t<T>;
   const int64_t size = p.experts * p.hidden, i = int64_t{blockIdx.x} * kGainThreads + threadIdx.x;
   void* gain = blockIdx.y == 0 ? p.grad_x_gain : p.grad_u_gain;
@@ -420,7 +420,7 @@ struct ClearStep {
 };
 
 template <class Word>
-__global__ void __launch_bounds__(kRowThreads) train_clear_kernel(ClearStep p) {
+__global__ void __launch_bounds__(kRowThreads, 2) train_clear_kernel(ClearStep p) {
   constexpr int kN = 16 / sizeof(Word);
   Word* array = static_cast<Word*>(p.arrays[blockIdx.y]);
   const int64_t size = p.bytes[blockIdx.y] / static_cast<int64_t>(sizeof(Word));
