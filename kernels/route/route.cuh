@@ -107,45 +107,6 @@ __device__ Choice<Acc> choose(const RouteParams& params, int64_t token, int64_t 
   return {p.at(id), id};
 }
 
-// One token's decision, by one thread. Logit: the type of the logits.
-template <class T, int kWidth, class Logit = T>
-__device__ void route_token(const RouteParams& p, int64_t token) {
-  using Acc = accumulator_t<T>;
-  NewScoreRow<Acc, kWidth> effective(static_cast<Acc*>(p.effective) + token * p.experts, p.experts);
-  NewScoreRow<Acc, kWidth> probs(static_cast<Acc*>(p.probs) + token * p.experts, p.experts);
-  if (p.rows) {
-    const ScoreRow<Acc, kWidth> rows(static_cast<const Acc*>(p.rows) + token * p.experts, p.experts);
-#pragma unroll
-    for (int e = 0; e < rows.size(); ++e) {
-      effective.set(e, rows[e]);
-      probs.set(e, rows[e]);
-    }
-  } else {
-    steer<Logit>(p, token, effective);
-    softmax(effective, probs);
-  }
-  effective.finish();
-  probs.finish();
-
-  // The choices are found twice, once for their sum: cheaper than keeping a list whose length is not known here.
-  Acc scale = 1;
-  if (p.rule != WeightRule::kProbability) {
-    Acc sum = 0;
-    Choice<Acc> choice{0, -1};
-    for (int64_t i = 0; i < p.k; ++i) {
-      choice = choose(p, token, i, probs, choice);
-      sum += choice.value;
-    }
-    scale = sum + static_cast<Acc>(kRouteEpsilon);
-  }
-  Choice<Acc> choice{0, -1};
-  for (int64_t i = 0; i < p.k; ++i) {
-    choice = choose(p, token, i, probs, choice);
-    store(p.ids + token * p.k + i, choice.id);
-    store(static_cast<T*>(p.weights) + token * p.k + i, T(choice.value / scale));
-  }
-}
-
 template <class T, int kWidth>
 __device__ void store_two_choices(const RouteParams& p, int64_t token,
                                   const NewScoreRow<accumulator_t<T>, kWidth>& probs) {
@@ -179,12 +140,10 @@ __device__ void store_choices(const RouteParams& p, int64_t token, const NewScor
   }
 }
 
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteLaunch<RouteParams> launch) {
+// One token's decision, by one thread. Logit: the type of the logits. two: RouteLaunch::two.
+template <class T, int kWidth, class Logit = T>
+__device__ void route_token(const RouteParams& p, int64_t token, bool two = false) {
   using Acc = accumulator_t<T>;
-  const RouteParams& p = launch.op;
-  const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
-  if (token >= p.tokens) return;
   NewScoreRow<Acc, kWidth> effective(static_cast<Acc*>(p.effective) + token * p.experts, p.experts);
   NewScoreRow<Acc, kWidth> probs(static_cast<Acc*>(p.probs) + token * p.experts, p.experts);
   if (p.rows) {
@@ -195,15 +154,21 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteLaunch<Rou
       probs.set(e, rows[e]);
     }
   } else {
-    steer<T>(p, token, effective);
+    steer<Logit>(p, token, effective);
     softmax(effective, probs);
   }
   effective.finish();
   probs.finish();
-  if (launch.two)
+  if (two)
     store_two_choices<T>(p, token, probs);
   else
     store_choices<T>(p, token, probs);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kRouteThreads, 1) route_kernel(RouteLaunch<RouteParams> launch) {
+  const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
+  if (token < launch.op.tokens) route_token<T, kWidth>(launch.op, token, launch.two);
 }
 
 // Adds dL/dq_i to dp at two chosen ids (model.md 2.10.4).
