@@ -10,6 +10,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <set>
 #include <tuple>
 #include <vector>
 
@@ -325,6 +326,22 @@ TEST(Draw, AllThatEqualTheLeastOfTopKAreKept) {
   for (const int64_t id : repeated(one, kRows).run()) ++drawn[static_cast<size_t>(id)];
   EXPECT_EQ(drawn[1] + drawn[4], 0);
   EXPECT_GT(std::min({drawn[0], drawn[2], drawn[3]}), kRows / 6);
+}
+
+// Scores one step of float32 apart, and almost the same weights: all of the k largest come, and nothing else.
+TEST(Draw, TopKTellsNeighbouringNumbersApart) {
+  constexpr int64_t kVocab = 40;
+  Case one{{}, kVocab};
+  for (int64_t v = 0; v < kVocab; ++v) one.logits.push_back(1 + static_cast<double>(8 + v * 7 % kVocab) * 0x1p-23);
+  one.temperature = 1;
+  for (const int64_t k : {2, 3}) {
+    one.top_k = k;
+    std::set<int64_t> drawn, wanted;
+    for (const int64_t id : repeated(one, 24).run()) drawn.insert(id);
+    for (int64_t v = 0; v < kVocab; ++v)
+      if (v * 7 % kVocab >= kVocab - k) wanted.insert(v);
+    EXPECT_EQ(drawn, wanted) << k;
+  }
 }
 
 #ifdef MICRO_TEST_CUDA
