@@ -127,12 +127,14 @@ def block_train(
         activations: ``save`` or ``recompute``.
 
     Returns:
-        As :func:`block_forward`. Differentiable once, from all but ids, to ``x``, the parameters and ``bias``: bit for
-        bit the gradients of the separate operators. An expert without tokens gets a zero gradient.
+        As :func:`block_forward`. Differentiable once, from all but ids, to ``x``, the parameters and ``bias``: the
+        gradients of the separate operators, on the CPU bit for bit, on CUDA to rounding. An expert without tokens gets
+        a zero gradient.
 
     Raises:
         ValueError: a shape, device, id, ``k`` or the policy does not fit.
         TypeError: a dtype does not.
+        NotImplementedError: an OLMo-2 layer on CUDA; its separate operators have gradients there.
 
     Source: model.md 2.4 - 2.8, 2.10; no gathered copies: SonicMoE, Guo et al. (2025).
     """
