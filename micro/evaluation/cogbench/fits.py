@@ -67,7 +67,7 @@ def logistic(X: Array, y: Array, weights: Array | None = None, *, iterations: in
             return beta + step
         for _ in range(30):
             trial = float(w @ np.logaddexp(0, -sign * (X @ (beta + step))))
-            if trial <= loss:
+            if trial <= loss + 1e-12 * abs(loss):  # what rounding may add
                 break
             step = step / 2
         beta, loss = beta + step, trial
@@ -118,7 +118,7 @@ class LearningFit:
     """Best parameters, their loss in nats, and how far the data leave the metric open.
 
     ``low`` and ``high``: the range of the metric whose profile likelihood lies within 1.92 nats of the best (a 95 %
-    likelihood interval); a range of almost the whole scale means that the likelihood is flat.
+    likelihood interval, searched on a grid); a range of almost the whole scale means that the likelihood is flat.
     """
 
     value: float
@@ -137,7 +137,7 @@ def _beta(u: Array) -> Array:
 def learning_rate(visits: Visits, seed: int) -> LearningFit:
     """One learning rate for all errors."""
     best, loss = _minimise(lambda x: visits.loss(x[0], x[0], _beta(x[1])), 2, seed)
-    alpha, u = (part.ravel() for part in np.meshgrid(np.linspace(0, 1, 41), np.linspace(0, 1, 41)))
+    alpha, u = _grid(_axis(best[0], 41, 0.1), _axis(best[1], 41, 0.06))
     low, high = _open_range(alpha, visits.loss(alpha, alpha, _beta(u)), float(best[0]), loss)
     return LearningFit(float(best[0]), float(_beta(best[1])), loss, low, high)
 
@@ -145,8 +145,7 @@ def learning_rate(visits: Visits, seed: int) -> LearningFit:
 def optimism(visits: Visits, seed: int) -> LearningFit:
     """Learning rate of errors above zero minus that of errors below zero."""
     best, loss = _minimise(lambda x: visits.loss(x[0], x[1], _beta(x[2])), 3, seed)
-    axes = np.linspace(0, 1, 15), np.linspace(0, 1, 15), np.linspace(0, 1, 25)
-    up, down, u = (part.ravel() for part in np.meshgrid(*axes))
+    up, down, u = _grid(_axis(best[0], 13, 0.2), _axis(best[1], 13, 0.2), _axis(best[2], 17, 0.06))
     value = float(best[0] - best[1])
     low, high = _open_range(up - down, visits.loss(up, down, _beta(u)), value, loss)
     return LearningFit(value, float(_beta(best[2])), loss, low, high)
@@ -174,6 +173,16 @@ def _minimise(loss: Callable[[Array], Array], parameters: int, seed: int) -> tup
     return np.asarray(found.x), float(found.fun)
 
 
+def _axis(best: float, points: int, reach: float) -> Array:
+    """Points over [0, 1], and more of them around the best value."""
+    near = np.clip(best + np.linspace(-reach, reach, points // 2), 0, 1)
+    return np.unique(np.concatenate([np.linspace(0, 1, points), near]))
+
+
+def _grid(*axes: Array) -> tuple[Array, ...]:
+    return tuple(part.ravel() for part in np.meshgrid(*axes))
+
+
 def _open_range(metric: Array, losses: Array, best: float, loss: float) -> tuple[float, float]:
     near = metric[losses <= min(loss, float(losses.min())) + PROFILE_DROP]
-    return min(best, *near.tolist(), best), max(best, *near.tolist(), best)
+    return min([best, *near.tolist()]), max([best, *near.tolist()])
