@@ -126,7 +126,7 @@ def test_the_path_of_an_operator_on_cuda():
 
 def test_the_library_holds_the_machine_code_that_it_claims():
     info = micro.build_info()
-    library = _native.LIBRARY.read_bytes()
-    assert (b".nv_fatbin" in library) == bool(info["cuda_archs"])
+    holds_code = b".nv_fatbin" in _native.LIBRARY.read_bytes()
+    assert holds_code == bool(info["cuda_archs"])
     paths = {path["cuda"] for path in info["ops"].values()}
     assert any(path.startswith("micro kernel (") for path in paths) == bool(info["cuda_archs"])
