@@ -100,9 +100,7 @@ def _cuda_lines(core: dict[str, Any], device: dict[str, Any], found: dict[str, A
         runs = f"runs the {code} kernels" if code else "no kernel of this build fits"
         lines.append(f"device     {each['name']} ({each['arch']}), driver for CUDA {found['driver']}: {runs}")
     if not device["cuda"]:
-        lines.append(
-            f"           but torch {device['torch']} cannot use it: install a torch for CUDA and build again"
-        )
+        lines.append(f"           but torch {device['torch']} cannot use it: install a torch for CUDA and build again")
     return lines
 
 
