@@ -14,7 +14,7 @@ from micro.evaluation.cogbench.experiment import Query
 
 @runtime_checkable
 class Agent(Protocol):
-    """Completes prompts."""
+    """Completes prompts. With an attribute ``batch_size``, so many runs are played side by side, else all."""
 
     name: str  # with what tells it from others, for resuming
 
@@ -47,7 +47,7 @@ class ModelAgent:
     Args:
         model: a MiCRo model, or any causal model of transformers.
         tokenizer: its tokenizer; no chat template is used.
-        batch_size: prompts that are completed together.
+        batch_size: prompts that are completed together; so many runs are played side by side.
         max_new_tokens: length of a reply.
         engine: complete with the C++ engine, same tokens as the model; default: where the model has one and is on the
             CPU.
@@ -76,7 +76,7 @@ class ModelAgent:
         self.controls = dict(controls or {})
         self.name = _fingerprint(model, self.controls)
         wanted = hasattr(model, "engine") and model.device.type == "cpu" if engine is None else engine
-        self._engine = model.engine() if wanted else None
+        self._reader = _Reader(model, max_new_tokens, self.controls) if wanted else None
         self._limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
     def answer(self, queries: Sequence[Query], runs: Sequence[int]) -> list[str]:
@@ -87,17 +87,15 @@ class ModelAgent:
                 f"cogbench: a prompt has {longest} tokens, the model reads {self._limit} at most, its reply included; "
                 "leave this experiment out (experiments=...)"
             )
-        replies: dict[int, list[int]] = {}
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of a batch have about the same length
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            replies |= zip(part, self._complete([ids[i] for i in part]), strict=True)
-        return [self.tokenizer.decode(replies[i], skip_special_tokens=True) for i in range(len(ids))]
+        replies: list[list[int]] = []
+        for start in range(0, len(ids), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            complete = self._generate if self._reader is None else self._reader.complete
+            replies += complete(ids[part], runs[part])
+        return [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
 
-    def _complete(self, prompts: list[list[int]]) -> list[list[int]]:
-        if self._engine is not None:
-            found = self._engine.generate(prompts, max_new_tokens=self.max_new_tokens, **self.controls)
-            return [list(row) for row in found.tokens]
+    def _generate(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
+        """Of the model itself, with padding on the left."""
         width = max(map(len, prompts))
         padding = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
         ids = torch.tensor([[padding] * (width - len(row)) + row for row in prompts], device=self.model.device)
@@ -118,6 +116,67 @@ class ModelAgent:
             self.model.train(was_training)
         rows: list[list[int]] = out[:, width:].tolist()
         return rows
+
+
+class _Reader:
+    """The engine, which reads of each prompt only what differs from the last prompt of the same run.
+
+    Prompts of a run share their beginning and grow by a line per trial: without this, a run of n trials reads n² lines.
+    """
+
+    def __init__(self, model: Any, max_new_tokens: int, controls: Mapping[str, Any]) -> None:
+        self._engine = model.engine()
+        self._length, self._controls = max_new_tokens, dict(controls)
+        self._stops = _stop_ids(model)
+        self._read: dict[int, list[int]] = {}  # run -> tokens that its row holds; rows stand in this order
+
+    def complete(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
+        """Greedy continuations, each ending with a stop token or after the wanted number of tokens."""
+        logits = self._engine.prefill(self._unread(prompts, runs), **self._controls).logits
+        replies: list[list[int]] = [[] for _ in prompts]
+        open_rows = [True] * len(prompts)
+        for step in range(self._length):
+            tokens = logits.reshape(len(prompts), -1).argmax(-1)
+            for row, token in enumerate(tokens.tolist()):
+                if open_rows[row]:
+                    replies[row].append(token)
+                    open_rows[row] = token not in self._stops
+            if step + 1 == self._length or not any(open_rows):
+                break
+            logits = self._engine.decode(tokens, **self._controls).logits
+            for run, token in zip(runs, tokens.tolist(), strict=True):
+                self._read[run].append(token)
+        return replies
+
+    def _unread(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
+        """Bring the engine's rows to the common beginnings; what is left of each prompt, at least one token."""
+        if not set(runs) <= set(self._read):
+            self._engine.reset()
+            self._read = dict(zip(runs, map(list, prompts), strict=True))
+            return prompts
+        rows = list(self._read)
+        if rows != list(runs):
+            self._engine.select([rows.index(run) for run in runs])
+        left = []
+        for row, (run, prompt) in enumerate(zip(runs, prompts, strict=True)):
+            same = _common(self._read[run], prompt[:-1])
+            self._engine.truncate(same, row)
+            left.append(prompt[same:])
+        self._read = dict(zip(runs, map(list, prompts), strict=True))
+        return left
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _stop_ids(model: Any) -> set[int]:
+    found: set[int] = set()
+    for holder in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        ids = getattr(holder, "eos_token_id", None)
+        found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return found
 
 
 def _fingerprint(model: Any, controls: Mapping[str, Any]) -> str:

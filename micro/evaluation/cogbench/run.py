@@ -118,32 +118,51 @@ def play(
     known, which = experiment(name), list(EXPERIMENTS).index(name)
     runs = _run_counts([name], runs)[name]
     check_preset(preset)
-    games = [known.play(r, np.random.default_rng([seed, which, r, 0]), preset) for r in range(runs)]
-    guesses = [np.random.default_rng([seed, which, r, 1]) for r in range(runs)]
-    rows: list[list[Row]] = [[] for _ in range(runs)]
-    waiting: dict[int, Query] = {}
-    for r, game in enumerate(games):
-        _step(game, None, r, waiting, rows)
-    counts = {"questions": 0, "unreadable": 0}
     total = None if known.questions is None else runs * known.questions
     told = f"{name}, random agent" if isinstance(agent, RandomAgent) else name
+    side_by_side = max(1, int(getattr(agent, "batch_size", runs)))
+    counts = {"questions": 0, "unreadable": 0}
+    rows: list[Row] = []
     with Progress(told, total, unit="questions", enabled=None if progress else False) as bar:
-        while waiting:
-            asked = dict(waiting)
-            found = agent.answer(list(asked.values()), list(asked))
-            if len(found) != len(asked):
-                raise ValueError(f"{name}: the agent gave {len(found)} replies to {len(asked)} questions")
-            waiting.clear()
-            for (r, query), reply in zip(asked.items(), found, strict=True):
-                answer = query.read(reply, preset)
-                counts["unreadable"] += answer is None
-                _step(games[r], query.fallback(guesses[r]) if answer is None else answer, r, waiting, rows)
-            counts["questions"] += len(asked)
-            bar.advance(len(asked), note=f"{counts['unreadable']} unreadable, {len(waiting)} of {runs} runs go on")
-    return pd.DataFrame([row for part in rows for row in part]), counts
+        for start in range(0, runs, side_by_side):
+            wave = range(start, min(start + side_by_side, runs))
+            games = {r: known.play(r, np.random.default_rng([seed, which, r, 0]), preset) for r in wave}
+            guesses = {r: np.random.default_rng([seed, which, r, 1]) for r in wave}
+            found = _lockstep(name, agent, games, guesses, preset, counts, bar)
+            rows += [row for r in wave for row in found[r]]
+    return pd.DataFrame(rows), counts
 
 
-def _step(game: Game, answer: Answer | None, run: int, waiting: dict[int, Query], rows: list[list[Row]]) -> None:
+def _lockstep(
+    name: str,
+    agent: Agent,
+    games: Mapping[int, Game],
+    guesses: Mapping[int, np.random.Generator],
+    preset: str,
+    counts: dict[str, int],
+    bar: Progress,
+) -> dict[int, list[Row]]:
+    """Rows of runs that are played side by side, one batch of questions after the other."""
+    waiting: dict[int, Query] = {}
+    rows: dict[int, list[Row]] = {}
+    for r, game in games.items():
+        _step(game, None, r, waiting, rows)
+    while waiting:
+        asked = dict(waiting)
+        replies = agent.answer(list(asked.values()), list(asked))
+        if len(replies) != len(asked):
+            raise ValueError(f"{name}: the agent gave {len(replies)} replies to {len(asked)} questions")
+        waiting.clear()
+        for (r, query), reply in zip(asked.items(), replies, strict=True):
+            answer = query.read(reply, preset)
+            counts["unreadable"] += answer is None
+            _step(games[r], query.fallback(guesses[r]) if answer is None else answer, r, waiting, rows)
+        counts["questions"] += len(asked)
+        bar.advance(len(asked), note=f"{counts['unreadable']} unreadable")
+    return rows
+
+
+def _step(game: Game, answer: Answer | None, run: int, waiting: dict[int, Query], rows: dict[int, list[Row]]) -> None:
     try:
         waiting[run] = next(game) if answer is None else game.send(answer)
     except StopIteration as end:

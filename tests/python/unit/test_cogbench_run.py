@@ -210,6 +210,22 @@ def test_a_batch_and_padding_change_no_answer(player):
     assert alone[0] == alone[1] == alone[2]
 
 
+def test_what_the_engine_has_read_changes_no_answer(player):
+    model, tokenizer = player
+    asked = [
+        ([0, 1, 2], ["One ball is red", "Two balls are red", "A"]),
+        ([0, 1, 2], ["One ball is red and one", "Two balls are red", "B"]),
+        ([2, 0], ["B is here", "One ball is blue"]),
+        ([0], ["One"]),
+        ([0, 5], ["One", "Five"]),
+    ]
+    reading = cogbench.ModelAgent(model, tokenizer, engine=True, max_new_tokens=4)
+    plain = cogbench.ModelAgent(model, tokenizer, engine=False, max_new_tokens=4)
+    for runs, texts in asked:
+        queries = [cogbench.Query(text) for text in texts]
+        assert reading.answer(queries, runs) == plain.answer(queries, runs)
+
+
 def test_controls_reach_the_model_and_its_name(player):
     model, tokenizer = player
     queries = [cogbench.Query(f"Number {n}: Machine ", ()) for n in range(12)]
