@@ -48,6 +48,7 @@ Status launch_groups(void (*kernel)(LinearLaunch<Group>), const Group* groups, i
     params.first_block[i] = static_cast<unsigned>(blocks);
     params.row_tiles[i] = static_cast<unsigned>(down);
     params.fast_result[i] = fast_result<T>(groups[i]);
+    params.positions[i] = Remainder(positions(groups[i]));
     blocks += down * column_tiles(groups[i]);
   }
   if (blocks == 0) return Status::kOk;

@@ -97,11 +97,11 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_kernel(LinearLaunch<
       range.count, rows_in_tile(columns, kTileColumns<T, kRows>));
   walk<T, kRows>(shared, range.idle ? 0 : pieces(group.in, kTileSteps<T>), feed, product);
   keep_sums<T, kRows>(shared, product);
-  const LinearFinish<T, kRows> finish{group, range, shared, column, fast_result};
+  const Remainder& positions = p.positions[place.group];
   if (group.up)
-    finish.template run<true>();
+    LinearFinish<T, kRows, true>(group, range, shared, column, fast_result, positions).run();
   else
-    finish.template run<false>();
+    LinearFinish<T, kRows, false>(group, range, shared, column, fast_result, positions).run();
 }
 
 // ---- gradient of x: left are rows of grad_y along `out`, right rows of the matrix along `in` -----------------------

@@ -102,46 +102,70 @@ __device__ __forceinline__ const T* row_of(const ConstRows& rows, int64_t row) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-template <class T, int kRows>
-struct LinearFinish {
-  using Acc = accumulator_t<T>;
-  const LinearGroup& group;
-  const RowRange& range;
-  LinearShared<T, kRows>& shared;
-  int64_t column;  // of the tile's first output
-  bool fast;
+// Which chunks of the finished tile a thread has: always the same columns, of every kStep-th row.
+template <class T, int kRows, bool kGated>
+struct FinishedChunks {
+  static constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T> / (kGated ? 2 : 1);
+  static constexpr int kStep = kLinearThreads / kChunks;
 
-  // A gated unit's tile holds columns of gate and up in turn (kInterleave), so half as many outputs.
-  template <bool kGated>
-  __device__ void run() const {
-    constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T> / (kGated ? 2 : 1);
-#pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
-      // Gated, eight lanes take half as many chunks of two rows: chunks of gate alone meet in half of the banks.
-      const int row = kGated ? i / (2 * kChunks) * 2 + i / 4 % 2 : i / kChunks;
-      const int chunk = kGated ? i % (2 * kChunks) / 8 * 4 + i % 4 : i % kChunks;
-      if (row < range.count && column + chunk * kChunk<T> < group.out) one<kGated>(row, chunk);
-    }
+  // Gated, eight lanes take half as many chunks of two rows: chunks of gate alone meet in half of the banks.
+  __device__ static int row() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return kGated ? thread / (2 * kChunks) * 2 + thread / 4 % 2 : thread / kChunks;
+  }
+  __device__ static int chunk() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return kGated ? thread % (2 * kChunks) / 8 * 4 + thread % 4 : thread % kChunks;
+  }
+};
+
+// A gated unit's tile holds columns of gate and up in turn (kInterleave), so half as many outputs.
+template <class T, int kRows, bool kGated>
+class LinearFinish {
+  using Acc = accumulator_t<T>;
+  using Chunks = FinishedChunks<T, kRows, kGated>;
+
+ public:
+  __device__ __forceinline__ LinearFinish(const LinearGroup& group, const RowRange& range,
+                                          const LinearShared<T, kRows>& shared, int64_t first_column, bool fast,
+                                          const Remainder& positions)
+      : group_(group),
+        range_(range),
+        shared_(shared),
+        positions_(positions),
+        column_(first_column + Chunks::chunk() * kChunk<T>),
+        left_(group.out - column_),
+        fast_(fast) {
+    y_ = static_cast<T*>(group.y.data) + range.expert * group.y_expert_stride;
+    if (!group.y_head_stride)
+      y_ += column_;
+    else if (fast)
+      y_ += head_place(column_);
   }
 
-  template <bool kGated>
-  __device__ __forceinline__ void one(int row, int chunk) const {
-    const int64_t n = range.first + row, at = column + chunk * kChunk<T>, left = group.out - at;
-    Wide<T> values = kGated ? gated(row, chunk) : finished_chunk(shared, row, chunk);
-    if (range.idle) {
-      values = Wide<T>{};
-    } else {
-      if (group.cos) rotate(values, n, row, chunk);
-      if (group.residual.data) {
-        const Wide<T> residual = load_chunk(row_of<T>(group.residual, n) + at, left, fast);
+  __device__ __forceinline__ void run() const {
+    if (left_ <= 0) return;
+#pragma unroll 1
+    for (int row = Chunks::row(); row < range_.count; row += Chunks::kStep) one(row);
+  }
+
+ private:
+  __device__ __forceinline__ void one(int row) const {
+    const int64_t n = range_.first + row;
+    Wide<T> values{};
+    if (!range_.idle) {
+      values = kGated ? gated(row) : finished_chunk(shared_, row, Chunks::chunk());
+      if (group_.cos) rotate(values, n, row);
+      if (group_.residual.data) {
+        const Wide<T> residual = load_chunk(row_of<T>(group_.residual, n) + column_, left_, fast_);
         each(values, [&](int i) { return residual.v[i] + values.v[i]; });
       }
-      if (group.scale.data) {
-        const Acc scale = static_cast<Acc>(load(row_of<T>(group.scale, n)));
+      if (group_.scale.data) {
+        const Acc scale = static_cast<Acc>(load(row_of<T>(group_.scale, n)));
         each(values, [&](int i) { return values.v[i] * scale + Acc(0); });  // + 0: so a sum over experts begins
       }
     }
-    put(values, n, at, left);
+    put(values, y_ + place_of(group_.y.index, n) * group_.y.stride);
   }
 
   template <class Body>
@@ -151,53 +175,57 @@ struct LinearFinish {
     round<T>(values);
   }
 
-  __device__ __forceinline__ Wide<T> gated(int row, int chunk) const {
+  __device__ __forceinline__ Wide<T> gated(int row) const {
     constexpr int kGroup = kInterleave / kChunk<T>;
-    const int first = chunk / kGroup * 2 * kGroup + chunk % kGroup;
-    Wide<T> values = finished_chunk(shared, row, first);
-    const Wide<T> up = finished_chunk(shared, row, first + kGroup);
+    const int chunk = Chunks::chunk(), first = chunk / kGroup * 2 * kGroup + chunk % kGroup;
+    Wide<T> values = finished_chunk(shared_, row, first);
+    const Wide<T> up = finished_chunk(shared_, row, first + kGroup);
     each(values, [&](int i) { return values.v[i] * sigmoid(values.v[i]) * up.v[i]; });
     return values;
   }
 
   // A head's other half lies in the same tile.
-  __device__ __forceinline__ void rotate(Wide<T>& values, int64_t n, int row, int chunk) const {
-    const int half = static_cast<int>(group.head_dim) / 2;
+  __device__ __forceinline__ void rotate(Wide<T>& values, int64_t n, int row) const {
+    const int half = static_cast<int>(group_.head_dim) / 2, chunk = Chunks::chunk();
     const int inside = chunk * kChunk<T> & (2 * half - 1);
     const bool low = inside < half;
-    const Wide<T> other = finished_chunk(shared, row, low ? chunk + half / kChunk<T> : chunk - half / kChunk<T>);
+    const Wide<T> other = finished_chunk(shared_, row, low ? chunk + half / kChunk<T> : chunk - half / kChunk<T>);
     const int64_t position = position_of(n);
-    assert(position >= 0 && position < group.positions);
+    assert(position >= 0 && position < group_.positions);
     const int64_t angle = position * half + (low ? inside : inside - half);
-    const Acc* cos = static_cast<const Acc*>(group.cos) + angle;
-    const Acc* sin = static_cast<const Acc*>(group.sin) + angle;
+    const Acc* cos = static_cast<const Acc*>(group_.cos) + angle;
+    const Acc* sin = static_cast<const Acc*>(group_.sin) + angle;
     each(values, [&](int i) {
       const Acc turned = other.v[i] * load(sin + i);
       return low ? values.v[i] * load(cos + i) - turned : values.v[i] * load(cos + i) + turned;
     });
   }
 
-  // Rows and positions are counted in 32 bits, where a remainder is cheap. A row of zeros turns anywhere.
+  // A row of zeros turns anywhere.
   __device__ __forceinline__ int64_t position_of(int64_t n) const {
-    const int64_t source = place_of(group.x.index, n);
+    const int64_t source = place_of(group_.x.index, n);
     if (source < 0) return 0;
-    if (group.position) return load(group.position + source);
-    return static_cast<unsigned>(source) % static_cast<unsigned>(group.positions);
+    return group_.position ? load(group_.position + source) : positions_.of(static_cast<uint32_t>(source));
   }
 
-  __device__ __forceinline__ void put(const Wide<T>& values, int64_t n, int64_t at, int64_t left) const {
-    T* y = static_cast<T*>(group.y.data) + range.expert * group.y_expert_stride +
-           place_of(group.y.index, n) * group.y.stride;
-    if (!group.y_head_stride) return store_chunk(y + at, values, left, fast);
-    if (fast) return store_chunk(y + head_place(at), values, left, true);
+  __device__ __forceinline__ void put(const Wide<T>& values, T* to) const {
+    if (!group_.y_head_stride || fast_) return store_chunk(to, values, left_, fast_);
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i)
-      if (i < left) store(y + head_place(at + i), T(values.v[i]));
+      if (i < left_) store(to + head_place(column_ + i), T(values.v[i]));
   }
-  __device__ __forceinline__ int64_t head_place(int64_t at) const {
-    const auto width = static_cast<unsigned>(group.head_dim), column = static_cast<unsigned>(at);
-    return int64_t{column / width} * group.y_head_stride + column % width;
+  __device__ __forceinline__ int64_t head_place(int64_t column) const {
+    const auto width = static_cast<unsigned>(group_.head_dim), at = static_cast<unsigned>(column);
+    return int64_t{at / width} * group_.y_head_stride + at % width;
   }
+
+  const LinearGroup& group_;
+  const RowRange& range_;
+  const LinearShared<T, kRows>& shared_;
+  const Remainder& positions_;
+  int64_t column_, left_;  // of this thread's chunk
+  bool fast_;
+  T* y_;  // where row 0 begins, at this thread's column
 };
 
 // ---- gradient of x -------------------------------------------------------------------------------------------------
@@ -205,26 +233,24 @@ struct LinearFinish {
 template <class T, int kRows>
 struct LinearGradXFinish {
   using Acc = accumulator_t<T>;
+  using Chunks = FinishedChunks<T, kRows, false>;
   const LinearGradXGroup& group;
   const RowRange& range;
   LinearShared<T, kRows>& shared;
-  int64_t column;
+  int64_t column;  // of the tile's first output
   bool fast;
 
   __device__ void run() const {
-    constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T>;
+    const int64_t at = column + Chunks::chunk() * kChunk<T>;
+    if (at >= group.in) return;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      if (row < range.count && column + chunk * kChunk<T> < group.in) one(row, chunk);
-    }
+    for (int row = Chunks::row(); row < range.count; row += Chunks::kStep) one(row, at, group.in - at);
   }
 
-  __device__ __forceinline__ void one(int row, int chunk) const {
-    const int64_t at = column + chunk * kChunk<T>, left = group.in - at;
+  __device__ __forceinline__ void one(int row, int64_t at, int64_t left) const {
     const int64_t place = range.expert * group.grad_x_expert_stride +
                           place_of(group.grad_x.index, range.first + row) * group.grad_x.stride + at;
-    const Wide<T> grad = range.idle ? Wide<T>{} : finished_chunk(shared, row, chunk);
+    const Wide<T> grad = range.idle ? Wide<T>{} : finished_chunk(shared, row, Chunks::chunk());
     if (!group.gate) return store_chunk(static_cast<T*>(group.grad_x.data) + place, grad, left, fast);
     const Wide<T> gate = range.idle ? Wide<T>{} : load_chunk(static_cast<const T*>(group.gate) + place, left, fast);
     const Wide<T> up = range.idle ? Wide<T>{} : load_chunk(static_cast<const T*>(group.up) + place, left, fast);
@@ -252,15 +278,14 @@ struct MatrixPiece {
 
 template <class T, int kRows>
 __device__ inline void store_matrix(const LinearShared<T, kRows>& shared, const MatrixPiece& piece, T* to, bool fast) {
-  constexpr int kChunks = kTileColumns<T, kRows> / kChunk<T>;
+  using Chunks = FinishedChunks<T, kRows, false>;
+  const int column = Chunks::chunk() * kChunk<T>;
+  const int64_t left = piece.columns - column;
+  if (left <= 0) return;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kLinearThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    const int64_t left = piece.columns - chunk * kChunk<T>;
-    if (row >= piece.rows || left <= 0) continue;
-    store_chunk(to + piece.first + row * piece.stride + chunk * kChunk<T>, finished_chunk(shared, row, chunk), left,
+  for (int row = Chunks::row(); row < kRows && row < piece.rows; row += Chunks::kStep)
+    store_chunk(to + piece.first + row * piece.stride + column, finished_chunk(shared, row, Chunks::chunk()), left,
                 fast);
-  }
 }
 
 template <class Acc, class Product>

@@ -43,6 +43,13 @@ bool fits_few_rows(const LinearGroup& g) {
   return takes_few_rows(g) && (!g.cos || can_rotate<T, kFewRows>(g));
 }
 
+// By which row numbers turn into positions.
+template <class Group>
+uint32_t positions(const Group&) {
+  return 1;
+}
+inline uint32_t positions(const LinearGroup& g) { return g.positions > 0 ? static_cast<uint32_t>(g.positions) : 1; }
+
 template <class T>
 bool fast_result(const LinearGroup& g) {
   return aligned(g.y.data, g.residual.data) &&

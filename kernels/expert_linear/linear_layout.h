@@ -54,6 +54,24 @@ MICRO_HOST_DEVICE constexpr int width_major(int step, int chunk) {
 
 MICRO_HOST_DEVICE constexpr int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
+// Remainders of numbers below 2^31 by one divisor, without a division.
+class Remainder {
+ public:
+  Remainder() = default;
+  constexpr explicit Remainder(uint32_t divisor) : divisor_(divisor) {
+    while (uint64_t{1} << (shift_ - 31) < divisor) ++shift_;
+    factor_ = ((uint64_t{1} << shift_) + divisor - 1) / divisor;  // at most 2^32
+  }
+  MICRO_HOST_DEVICE constexpr uint32_t of(uint32_t number) const {
+    return number - static_cast<uint32_t>(number * factor_ >> shift_) * divisor_;
+  }
+
+ private:
+  uint64_t factor_ = 0;
+  uint32_t divisor_ = 1;
+  int shift_ = 31;
+};
+
 // Tiles of tile_rows rows that cut `rows` rows into `ranges` ranges, at worst.
 constexpr int64_t worst_row_tiles(int64_t rows, int64_t ranges, int64_t tile_rows) {
   const int64_t filled = rows < ranges ? rows : ranges;

@@ -146,17 +146,22 @@ class ThreadProduct {
   template <class Cells>
   __device__ __forceinline__ void multiply(Cells& cells, int stage) {
     const int base = stage * Tile::kStage;
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < kTileSteps<T>; k += kVector) {
-      T left[kDown][kVector], right[kAcross][kVector];  // [.][step]
-      read<kRows, kLeftAlong, kThreadsDown, kDown>(left, cells, base, down(), k);
-      read<Tile::kColumns, kRightAlong, kThreadsAcross, kAcross>(right, cells, base + Tile::kLeft, across(), k);
+      T left[kDown][kVector];  // [.][step]
+      read<kRows, kLeftAlong, kThreadsDown>(left, cells, base, down(), 0, k);
 #pragma unroll
-      for (int step = 0; step < kVector; ++step)
+      for (int first = 0; first < kAcross; first += kVector) {  // not all columns at once: registers
+        T right[kVector][kVector];
+        read<Tile::kColumns, kRightAlong, kThreadsAcross>(right, cells, base + Tile::kLeft, across(), first, k);
 #pragma unroll
-        for (int i = 0; i < kDown; ++i)
+        for (int step = 0; step < kVector; ++step)
 #pragma unroll
-          for (int j = 0; j < kAcross; ++j) sums_[i][j] = fma(left[i][step], right[j][step], sums_[i][j]);
+          for (int i = 0; i < kDown; ++i)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j)
+              sums_[i][first + j] = fma(left[i][step], right[j][step], sums_[i][first + j]);
+      }
     }
   }
 
@@ -181,13 +186,14 @@ class ThreadProduct {
     return (thread + i / kVector * kThreads) * kVector + i % kVector;
   }
 
+  // Rows or columns [first, first + kCount) of a thread, kVector steps of them.
   template <int kWidth, Along kAlong, int kThreads, int kCount, class Cells>
   static __device__ __forceinline__ void read(T (&values)[kCount][kVector], Cells& cells, int base, int thread,
-                                              int step) {
+                                              int first, int step) {
     if constexpr (kAlong == Along::kReduction) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const int from = reduction_major<T>(thread + i * kThreads, step / kVector);
+        const int from = reduction_major<T>(thread + (first + i) * kThreads, step / kVector);
         const Vec<T, kVector> chunk = cells.template load_vec<kVector>(base + from);
 #pragma unroll
         for (int s = 0; s < kVector; ++s) values[i][s] = chunk[s];
@@ -197,7 +203,7 @@ class ThreadProduct {
       for (int s = 0; s < kVector; ++s)
 #pragma unroll
         for (int i = 0; i < kCount; i += kVector) {
-          const int from = width_major<T, kWidth>(step + s, thread + i / kVector * kThreads);
+          const int from = width_major<T, kWidth>(step + s, thread + (first + i) / kVector * kThreads);
           const Vec<T, kVector> chunk = cells.template load_vec<kVector>(base + from);
 #pragma unroll
           for (int v = 0; v < kVector; ++v) values[i + v][s] = chunk[v];

@@ -192,7 +192,8 @@ struct LinearLaunch {
   Group groups[kMostGroups];
   unsigned first_block[kMostGroups];
   unsigned row_tiles[kMostGroups];
-  bool fast_result[kMostGroups];  // moved in chunks
+  Remainder positions[kMostGroups];  // of LinearGroup
+  bool fast_result[kMostGroups];     // moved in chunks
   int count;
 };
 

@@ -121,6 +121,19 @@ TEST(LinearLayout, WorstCaseOfRowTilesIsReachedAndNeverExceeded) {
   EXPECT_EQ(row_tiles(100, 2, true, 32), worst_row_tiles(100, 3, 32));
 }
 
+TEST(LinearLayout, Remainders) {
+  std::mt19937 random(1);
+  for (uint32_t divisor : {1u, 2u, 3u, 5u, 7u, 2048u, 4095u, 65537u, 1000003u, 0x7ffffffeu, 0x7fffffffu}) {
+    const Remainder remainder(divisor);
+    for (const uint32_t number : {0u, 1u, divisor - 1, divisor, divisor + 1, 0x7ffffffeu, 0x7fffffffu})
+      EXPECT_EQ(remainder.of(number & 0x7fffffffu), (number & 0x7fffffffu) % divisor) << number << " % " << divisor;
+    for (int i = 0; i < 1000; ++i) {
+      const uint32_t number = static_cast<uint32_t>(random()) & 0x7fffffffu;
+      ASSERT_EQ(remainder.of(number), number % divisor) << number << " % " << divisor;
+    }
+  }
+}
+
 // Rows that the tensor cores compute against rows that are there: even, uneven and one-sided routings of T tokens.
 TEST(LinearLayout, MostOfTheWorkIsUseful) {
   std::mt19937 random(1);
