@@ -28,7 +28,9 @@ def cogbench_figure(result: CogBenchResult) -> Figure:
         if low == low:
             ax.plot([max(min(low, high), LOW), min(max(low, high), HIGH)], [y, y], color="black", linewidth=1.2)
         if shown != x:
-            ax.text(shown, y, f" {x:.1f} ", va="center", ha="right" if x > 0 else "left", fontsize=8, color="white")
+            ax.text(
+                shown, y - 0.2, f" {x:.1f} ", va="center", ha="right" if x > 0 else "left", fontsize=8, color="white"
+            )
     ax.axvline(0, color=GREY, linewidth=1)
     ax.axvline(1, color="black", linewidth=1, linestyle="--")
     labels = [row["experiment"].replace("_", " ") if row["group"] == "performance" else row["metric"] for row in rows]

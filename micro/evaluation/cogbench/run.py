@@ -202,18 +202,14 @@ def summarise(
     if source == "own":
         random = random_values(names, preset=preset, runs=baseline_runs, seed=seed + 1, progress=progress)
     human = human_values(preset)
-    samples = {name: resample(e, draws if e.runs > 1 else 1, seed) for name, e in found.items()}
+    samples = {name: resample(e, draws if e.runs > 1 else 1, [seed, i]) for i, (name, e) in enumerate(found.items())}
     bre = s_bre(scores, human=human, random=random)
-    lows, highs = _score_intervals(samples, found)
+    bounds = {name: np.quantile(values, [0.025, 0.975], axis=0).T.tolist() for name, values in samples.items()}
     return CogBenchResult(
         preset=preset,
         baseline=source,
         scores={name: dict(score) for name, score in scores.items()},
-        intervals={
-            name: {m: [float(lo), float(hi)] for m, lo, hi in zip(e.metrics, lows[name], highs[name], strict=True)}
-            for name, e in found.items()
-            if e.runs > 1
-        },
+        intervals={name: dict(zip(e.metrics, bounds[name], strict=True)) for name, e in found.items() if e.runs > 1},
         human=human,
         random=random,
         s_bre={"behaviour": bre.behaviour, "performance": bre.performance, "mean": bre.mean},
@@ -241,21 +237,14 @@ def random_values(
     return grouped(scores)
 
 
-def _score_intervals(samples: Mapping[str, Array], found: Mapping[str, Any]) -> tuple[Any, Any]:
-    bounds = {name: np.quantile(values, [0.025, 0.975], axis=0) for name, values in samples.items()}
-    return {name: b[0] for name, b in bounds.items()}, {name: b[1] for name, b in bounds.items()}
-
-
 def _bre_intervals(
     samples: Mapping[str, Array], found: Mapping[str, Any], human: Values, random: Values, draws: int
 ) -> dict[str, list[float] | None]:
     """S_BRE of each bootstrap draw, the experiments drawn independently."""
     values: dict[str, list[float]] = {"behaviour": [], "performance": [], "mean": []}
-    generator = np.random.default_rng(draws)
-    order = {name: generator.permutation(draws) % len(samples[name]) for name in samples}
     for d in range(draws):
         drawn = {
-            name: dict(zip(found[name].metrics, samples[name][order[name][d]].tolist(), strict=True))
+            name: dict(zip(found[name].metrics, samples[name][d % len(samples[name])].tolist(), strict=True))
             for name in samples
         }
         bre = s_bre(drawn, human=human, random=random)

@@ -56,7 +56,7 @@ def evidence(experiment: str, table: Any, preset: str) -> Evidence:
         raise ValueError(text if text.startswith(experiment) else f"{experiment}: {text}") from None
 
 
-def resample(found: Evidence, draws: int, seed: int) -> Array:
+def resample(found: Evidence, draws: int, seed: int | list[int]) -> Array:
     """The statistic [draws, metrics] with runs drawn with replacement (Efron 1979)."""
     generator = np.random.default_rng(seed)
     weights = generator.multinomial(found.runs, np.full(found.runs, 1 / found.runs), size=draws).astype(np.float64)
