@@ -38,7 +38,7 @@ struct AttentionCase {
 };
 
 inline std::string name_of(const AttentionCase& c) {
-  return "B" + std::to_string(c.batch) + " S" + std::to_string(c.slots) + " start " + std::to_string(c.start) + " A" +
+  return std::string("B").append(std::to_string(c.batch)) + " S" + std::to_string(c.slots) + " start " + std::to_string(c.start) + " A" +
          std::to_string(c.heads) + " G" + std::to_string(c.groups) + " D" + std::to_string(c.head_dim) + " mask " +
          std::to_string(static_cast<int>(c.mask)) + " layout " + std::to_string(static_cast<int>(c.layout));
 }
