@@ -1,7 +1,7 @@
 #pragma once
 // One whole layer without gradient: router, plan, keys and values of the experts, attention, output, feed-forward,
-// residuals and combination (model.md 2.4 - 2.8, 2.12). Bit for bit what the separate operators give, one after the
-// other; here they share buffers, and a decoded token passes six parallel regions.
+// residuals and combination (model.md 2.4 - 2.8, 2.12). What the separate operators give, one after the other, on the CPU
+// bit for bit; here they share buffers, and a decoded token passes six parallel regions, or nine launches.
 
 #include <cstdint>
 

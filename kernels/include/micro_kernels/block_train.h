@@ -1,7 +1,7 @@
 #pragma once
 // The gradient of one whole-block layer (model.md 2.10). The forward is block_forward with `saved`; everything that it
-// did not keep (norms, gathered rows, gated units, outputs) is computed again from what it kept. Bit for bit what the
-// backward passes of the separate operators give, one after the other.
+// did not keep (norms, gathered rows, gated units, outputs) is computed again from what it kept. What the backward passes
+// of the separate operators give, one after the other, on the CPU bit for bit.
 
 #include "micro_kernels/block_forward.h"
 
