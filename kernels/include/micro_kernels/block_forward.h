@@ -1,7 +1,7 @@
 #pragma once
 // One whole layer without gradient: router, plan, keys and values of the experts, attention, output, feed-forward,
-// residuals and combination (model.md 2.4 - 2.8, 2.12). What the separate operators give, one after the other, on the CPU
-// bit for bit; here they share buffers, and a decoded token passes six parallel regions, or nine launches.
+// residuals and combination (model.md 2.4 - 2.8, 2.12). What the separate operators give, one after the other, on the
+// CPU bit for bit; here they share buffers, and a decoded token passes six parallel regions, or nine launches.
 
 #include <cstdint>
 
@@ -113,8 +113,8 @@ Status block_forward(const BlockForwardParams& params, char* workspace, const Pa
 }  // namespace cpu
 
 // Arrays of matrices lie on the host, what they point at, and everything else, on the device. The matrices of an array
-// must be one tensor [E, out, in]. kUnsupported: packed matrices, a lazy cache, another rounding than the family's, or a
-// cache whose rows an int32 cannot count.
+// must be one tensor [E, out, in]. kUnsupported: packed matrices, a lazy cache, another rounding than the family's, or
+// a cache whose rows an int32 cannot count.
 namespace cuda {
 int64_t block_forward_workspace(const BlockForwardParams& params);
 Status block_forward(const BlockForwardParams& params, void* workspace, void* stream);
