@@ -54,9 +54,9 @@ int64_t block_train_backward_workspace(const BlockTrainBackwardParams& params);
 Status block_train_backward(const BlockTrainBackwardParams& params, char* workspace, const ParallelFor& parallel_for);
 }  // namespace cpu
 
-// As block_forward. kUnsupported: post_norm, and weights as there. A renormalised weight of a token's only expert counts
-// as constant without a look at its probability, unless saved.out is given or the element is float64: keep the outputs
-// where an expert may be chosen whose probability is below 1/32.
+// As block_forward. kUnsupported: post_norm, and weights as there. A renormalised weight of a token's only expert
+// counts as constant without a look at its probability, unless saved.out is given or the element is float64: keep the
+// outputs where an expert may be chosen whose probability is below 1/32.
 namespace cuda {
 int64_t block_train_backward_workspace(const BlockTrainBackwardParams& params);
 Status block_train_backward(const BlockTrainBackwardParams& params, void* workspace, void* stream);
