@@ -137,10 +137,13 @@ class LinearFinish {
         left_(group.out - column_),
         fast_(fast) {
     y_ = static_cast<T*>(group.y.data) + range.expert * group.y_expert_stride;
-    if (!group.y_head_stride)
+    if (group.y_head_stride) {
+      const auto width = static_cast<unsigned>(group.head_dim), at = static_cast<unsigned>(column_);
+      inside_ = static_cast<int>(at % width);
+      y_ += int64_t{at / width} * group.y_head_stride + inside_;
+    } else {
       y_ += column_;
-    else if (fast)
-      y_ += head_place(column_);
+    }
   }
 
   __device__ __forceinline__ void run() const {
@@ -210,13 +213,16 @@ class LinearFinish {
 
   __device__ __forceinline__ void put(const Wide<T>& values, T* to) const {
     if (!group_.y_head_stride || fast_) return store_chunk(to, values, left_, fast_);
+    int inside = inside_;
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i)
-      if (i < left_) store(to + head_place(column_ + i), T(values.v[i]));
-  }
-  __device__ __forceinline__ int64_t head_place(int64_t column) const {
-    const auto width = static_cast<unsigned>(group_.head_dim), at = static_cast<unsigned>(column);
-    return int64_t{at / width} * group_.y_head_stride + at % width;
+    for (int i = 0; i < kChunk<T>; ++i) {
+      if (i < left_) store(to, T(values.v[i]));
+      ++to;
+      if (++inside == group_.head_dim) {
+        to += group_.y_head_stride - group_.head_dim;
+        inside = 0;
+      }
+    }
   }
 
   const LinearGroup& group_;
@@ -225,7 +231,8 @@ class LinearFinish {
   const Remainder& positions_;
   int64_t column_, left_;  // of this thread's chunk
   bool fast_;
-  T* y_;  // where row 0 begins, at this thread's column
+  T* y_;            // row 0 at this thread's column
+  int inside_ = 0;  // that column in its head
 };
 
 // ---- gradient of x -------------------------------------------------------------------------------------------------
