@@ -21,7 +21,7 @@ inline constexpr int kDeltaLanes = 8;  // per row
 inline constexpr int kDeltaRows = kThreads / kDeltaLanes;
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void attention_delta(BackwardArgs args) {
+__global__ __launch_bounds__(kThreads, 2) void attention_delta(BackwardArgs args) {
   using Acc = accumulator_t<T>;
   constexpr int kChunk = 16 / sizeof(T);
   const ExpertAttentionShape& s = args.p.shape;

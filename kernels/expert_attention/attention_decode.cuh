@@ -185,7 +185,7 @@ template <class Acc>
 inline constexpr int kMergeWidth = 16 / sizeof(Acc);
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void attention_merge(ForwardArgs args) {
+__global__ __launch_bounds__(kThreads, 2) void attention_merge(ForwardArgs args) {
   using Acc = accumulator_t<T>;
   constexpr int kWidth = kMergeWidth<Acc>;
   const ExpertAttentionShape& s = args.p.shape;

@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kTiles][4], const Tile<
                                               const Tile<T, kHead, kB>& b, int b_row) {
   const int a_at = a_row + lane() % 16, a_chunk = lane() / 16;
   const int b_at = b_row + lane() / 16 * 8 + lane() % 8, b_chunk = lane() / 8 % 2;
-#pragma unroll
+#pragma unroll(kHead <= 128 ? kHead / 16 : 4)
   for (int chunk = 0; chunk < kHead / 8; chunk += 2) {
     uint32_t left[4];
     load_matrix_x4(left, a.address(a_at, chunk + a_chunk));

@@ -38,9 +38,10 @@ struct AttentionCase {
 };
 
 inline std::string name_of(const AttentionCase& c) {
-  return std::string("B").append(std::to_string(c.batch)) + " S" + std::to_string(c.slots) + " start " + std::to_string(c.start) + " A" +
-         std::to_string(c.heads) + " G" + std::to_string(c.groups) + " D" + std::to_string(c.head_dim) + " mask " +
-         std::to_string(static_cast<int>(c.mask)) + " layout " + std::to_string(static_cast<int>(c.layout));
+  return std::string("B").append(std::to_string(c.batch)) + " S" + std::to_string(c.slots) + " start " +
+         std::to_string(c.start) + " A" + std::to_string(c.heads) + " G" + std::to_string(c.groups) + " D" +
+         std::to_string(c.head_dim) + " mask " + std::to_string(static_cast<int>(c.mask)) + " layout " +
+         std::to_string(static_cast<int>(c.layout));
 }
 
 // Three experts, of which the last has no query. Every seventh value is larger: some scores dominate. Keys and values
