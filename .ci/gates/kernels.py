@@ -43,5 +43,5 @@ def short_name(demangled: str) -> str:
             end = i
             break
     name = name[:end].removeprefix("void ")
-    name = re.sub(r"\((?:int|bool|unsigned int|long|micro_kernels::\w+)\)", "", name)
+    name = re.sub(r"\([\w: ]+\)(?=-?\d)", "", name)  # the type of a constant
     return re.sub(r"\b(?:\w+::)+", "", name)

@@ -57,8 +57,9 @@ def parse_ptx(ptx: str) -> dict[str, Launch]:
     """Mangled name -> launch. `threads` is 0 where the kernel has no launch bounds."""
     entries = list(_PTX_ENTRY.finditer(ptx))
     found = {}
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
-        text = ptx[entry.end() : following.start() if following else len(ptx)]
+    ends = [entry.start() for entry in entries[1:]] + [len(ptx)]
+    for entry, end in zip(entries, ends, strict=False):  # a source may have launchers only
+        text = ptx[entry.end() : end]
         bounds = _BOUNDS.search(text)
         threads = 0
         if bounds:

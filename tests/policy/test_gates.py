@@ -78,6 +78,7 @@ def test_launch_bounds_and_shared_memory_are_read():
         "_Z1aIfEv": resources.Launch(128, 1536),
         "_Z1bv": resources.Launch(0, 0),
     }
+    assert resources.parse_ptx(".version 8.0") == {}
 
 
 def test_no_table_excuses_a_spill_or_missing_bounds():
@@ -252,7 +253,7 @@ def test_the_rows_of_the_instruction_table():
     "demangled, short",
     [
         ("void micro_kernels::cuda::a_kernel<micro_kernels::BFloat16>(micro_kernels::P)", "a_kernel<BFloat16>"),
-        ("void micro_kernels::cuda::(anonymous namespace)::b<float, (int)4, (bool)1>(x::P)", "b<float, 4, 1>"),
+        ("void micro_kernels::cuda::(anonymous namespace)::b<float, (int)4, (x::E)1>(x::P)", "b<float, 4, 1>"),
         ("c", "c"),
     ],
 )
