@@ -52,6 +52,9 @@ class ModelAgent:
         engine: complete with the C++ engine, same tokens as the model; default: where the model has one and is on the
             CPU.
         controls: steering arguments of every call, ``{"ablate": "social"}`` say.
+        trailing_space: keep the space at the end of a forced beginning ("Machine "), as published. Most tokenizers make
+            a letter and the space before it one token: after a space of its own such a model goes on with a digit or
+            starts a line, and hardly a reply can be read. Without it the model writes the space itself.
 
     Raises:
         TypeError: ``tokenizer`` is missing.
@@ -66,6 +69,7 @@ class ModelAgent:
         max_new_tokens: int = 2,
         engine: bool | None = None,
         controls: Mapping[str, Any] | None = None,
+        trailing_space: bool = False,
     ) -> None:
         if tokenizer is None:
             raise TypeError("cogbench: tokenizer is missing; pass the tokenizer of the model, or an agent as the model")
@@ -74,13 +78,15 @@ class ModelAgent:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.controls = dict(controls or {})
+        self._trailing_space = trailing_space
         self.name = _fingerprint(model, self.controls)
         wanted = hasattr(model, "engine") and model.device.type == "cpu" if engine is None else engine
         self._reader = _Reader(model, max_new_tokens, self.controls) if wanted else None
         self._limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
     def answer(self, queries: Sequence[Query], runs: Sequence[int]) -> list[str]:
-        ids = [list(self.tokenizer(query.text)["input_ids"]) for query in queries]
+        texts = [query.text if self._trailing_space else query.text.rstrip(" ") for query in queries]
+        ids = [list(self.tokenizer(text)["input_ids"]) for text in texts]
         longest = max(map(len, ids))
         if self._limit is not None and longest + self.max_new_tokens > self._limit:
             raise ValueError(

@@ -78,7 +78,7 @@ def run(
     _baseline_name(baseline, preset)
     for module in ("pandas", "scipy"):
         require(module, "eval", "micro.evaluation.cogbench")
-    agent = _agent(model, tokenizer, batch_size, controls)
+    agent = _agent(model, tokenizer, preset, batch_size, controls)
     folder = None if output is None else Path(output)
     tables, replies = {}, {}
     for name in names:
@@ -257,14 +257,14 @@ def _bre_intervals(
     return {key: np.quantile(v, [0.025, 0.975]).tolist() if v else None for key, v in values.items()}
 
 
-def _agent(model: Any, tokenizer: Any, batch_size: int, controls: Mapping[str, Any] | None) -> Agent:
+def _agent(model: Any, tokenizer: Any, preset: str, batch_size: int, controls: Mapping[str, Any] | None) -> Agent:
     if isinstance(model, Agent):
         if controls:
             raise ValueError("cogbench: controls steer a model; an agent has none")
         return model
     if not hasattr(model, "generate") or not hasattr(model, "named_parameters"):
         raise TypeError(f"cogbench: model must be a causal language model or an agent, got {type(model).__name__}")
-    return ModelAgent(model, tokenizer, batch_size=batch_size, controls=controls)
+    return ModelAgent(model, tokenizer, batch_size=batch_size, controls=controls, trailing_space=preset == "published")
 
 
 def _baseline_name(baseline: str | None, preset: str) -> str:

@@ -226,6 +226,25 @@ def test_what_the_engine_has_read_changes_no_answer(player):
         assert reading.answer(queries, runs) == plain.answer(queries, runs)
 
 
+def test_the_space_of_a_forced_beginning_is_left_to_the_model_unless_published(player):
+    model, tokenizer = player
+    read = []
+
+    class Listening:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text):
+            read.append(text)
+            return tokenizer(text)
+
+    for preset, end in (("clean", "\n\nA: Machine"), ("published", "\n\nA: Machine ")):
+        cogbench.run(model, Listening(), experiments="horizon", preset=preset, runs=1, draws=2, baseline="published")
+        assert read
+        assert all(text.endswith(end) for text in read)
+        read.clear()
+
+
 def test_controls_reach_the_model_and_its_name(player):
     model, tokenizer = player
     queries = [cogbench.Query(f"Number {n}: Machine ", ()) for n in range(12)]
