@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gates.sass import Function, Instruction
 
@@ -62,10 +63,10 @@ def _targets(function: Function, i: int) -> list[int]:
     return [function.labels[target[1]]] if target and target[1] in function.labels else []
 
 
-def dominators(blocks: list[Block]) -> list[set[int]]:
-    """For each block the blocks that every way from the start to it passes; all of them for a block without a way."""
-    everything = set(range(len(blocks)))
-    found = [{0}] + [everything for _ in blocks[1:]]
+def dominators(blocks: list[Block]) -> list[int]:
+    """For each block the blocks that every way from the start to it passes, as bits; all for a block without a way."""
+    everything = (1 << len(blocks)) - 1
+    found = [1] + [everything] * (len(blocks) - 1)
     before: list[list[int]] = [[] for _ in blocks]
     for i, block in enumerate(blocks):
         for following in block.next:
@@ -74,12 +75,15 @@ def dominators(blocks: list[Block]) -> list[set[int]]:
     while changed:
         changed = False
         for i in range(1, len(blocks)):
-            passed = set.intersection(*(found[b] for b in before[i])) if before[i] else everything
-            if (passed | {i}) != found[i]:
-                found[i], changed = passed | {i}, True
+            passed = everything
+            for b in before[i]:
+                passed &= found[b]
+            if passed | 1 << i != found[i]:
+                found[i], changed = passed | 1 << i, True
     return found
 
 
+@lru_cache(maxsize=1)
 def loops(function: Function) -> list[set[int]]:
     """The blocks of each loop, by their indices; loops with one head are one loop."""
     blocks = blocks_of(function)
@@ -87,7 +91,7 @@ def loops(function: Function) -> list[set[int]]:
     bodies: dict[int, set[int]] = {}
     for i, block in enumerate(blocks):
         for head in block.next:
-            if i in reached and head in dominated_by[i]:
+            if i in reached and dominated_by[i] >> head & 1:
                 bodies.setdefault(head, {head}).update(_body(blocks, head, i))
     return [bodies[head] for head in sorted(bodies)]
 

@@ -39,7 +39,7 @@ class Instruction:
         return 32
 
 
-@dataclass
+@dataclass(eq=False)
 class Function:
     name: str  # mangled
     code: list[Instruction] = field(default_factory=list)
