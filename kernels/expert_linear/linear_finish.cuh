@@ -51,8 +51,8 @@ __device__ __forceinline__ void round(Wide<T>& wide) {
   if constexpr (std::is_same_v<T, BFloat16>) {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; i += 2) {
-      const Vec<T, 2> pair{T(wide.v[i]), T(wide.v[i + 1])};
-      const auto word = __builtin_bit_cast(uint32_t, pair);
+      Vec<T, 2> pair{T(wide.v[i]), T(wide.v[i + 1])};  // not const: nvcc 13.0 would evaluate the cast, and fails
+      auto word = __builtin_bit_cast(uint32_t, pair);
       wide.v[i] = __builtin_bit_cast(float, word << 16);
       wide.v[i + 1] = __builtin_bit_cast(float, word & 0xffff0000u);
     }
