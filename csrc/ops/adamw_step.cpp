@@ -69,6 +69,8 @@ void check_tensors(TensorList parameters, TensorList gradients, TensorList first
                     " tensors, got ", masters.size());
   for (size_t i = 0; i < count; ++i) {
     const at::ScalarType wide = accumulator_dtype(parameters[i]);
+    TORCH_CHECK_VALUE(parameters[i].device() == parameters[0].device(), kName, ": parameters[", i, "] is on ",
+                      parameters[i].device(), " but parameters[0] is on ", parameters[0].device());
     check_parameter(i, parameters[i], first[i], !masters.empty());
     check_partner("gradients", i, gradients[i], parameters[i], parameters[i].scalar_type(), false);
     check_partner("first_moments", i, first[i], parameters[i], wide, true);

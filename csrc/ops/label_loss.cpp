@@ -32,6 +32,8 @@ Tensor forward_meta(const Tensor& logits, const Tensor& labels, const OptionalTe
                       ": layer_weights must be [", logits.sym_size(0), "], got ", layer_weights->sym_sizes());
     TORCH_CHECK_TYPE(layer_weights->is_floating_point(), kName, ": layer_weights must be a floating type, got ",
                      layer_weights->scalar_type());
+    TORCH_CHECK_VALUE(layer_weights->device() == logits.device(), kName, ": layer_weights are on ",
+                      layer_weights->device(), " but logits are on ", logits.device());
   }
   return at::empty({}, logits.options().dtype(accumulator_dtype(logits)));
 }

@@ -278,7 +278,10 @@ class Layer {
   void* stored_values() const { return p_.cache.k ? p_.cache.v : m_.own_v; }
 
   // The grouped product counts rows of a cache in the largest unit that divides both of its strides.
-  static int64_t unit_of(const HeadStrides& s) { return std::max<int64_t>(1, std::gcd(s.batch, s.key)); }
+  // Of one batch row the batch stride says nothing: torch lets it be anything.
+  int64_t unit_of(const HeadStrides& s) const {
+    return std::max<int64_t>(1, p_.batch == 1 ? s.key : std::gcd(s.batch, s.key));
+  }
 
   bool places_fit() const {
     for (const HeadStrides& s : {strides_of(p_.cache.k_strides), strides_of(p_.cache.v_strides)}) {

@@ -18,26 +18,31 @@ constexpr size_t kPage = 4096;
 constexpr size_t kCell = 2;  // bytes that share one history: the smallest element that kernels write
 constexpr unsigned char kPoison = 0xff;
 
-// Of one cell: its last write, and the reads since then. `many`: threads that no barrier parts have read it.
+// Of one cell: its last write, and the reads since then. `many`: threads that no barrier parts have read it; `warps`:
+// of more than one warp.
 struct History {
   Moment write, read;
-  bool many = false;
+  bool many = false, warps = false;
 };
 
 void note_read(History& h, const Moment& now, bool& race) {
   race = race || !h.write.before(now);
   if (h.read.same_thread(now)) {
-    h.many = h.many && h.read.block_epoch == now.block_epoch;  // a barrier parts it from the others' reads
+    h.many = h.many && h.read.block_epoch == now.block_epoch &&  // a barrier parts it from the others' reads
+             (h.warps || h.read.warp_epoch == now.warp_epoch);
     h.read = now;
     return;
   }
-  h.many = !h.read.before(now);
+  const bool apart = h.read.before(now);
+  h.warps = !apart && (h.warps || h.read.thread / kLanes != now.thread / kLanes);
+  h.many = !apart;
   h.read = now;
 }
 
 void note_write(History& h, const Moment& now, bool& race) {
   race = race || !h.write.before(now) || !h.read.before(now) ||
-         (h.many && h.read.run == now.run && h.read.block_epoch == now.block_epoch);
+         (h.many && h.read.run == now.run && h.read.block_epoch == now.block_epoch &&
+          (h.warps || h.read.warp_epoch == now.warp_epoch));
   h.write = now;
 }
 

@@ -2,6 +2,7 @@
 // What happens to finished sums: rounded to the element type they go into shared memory, and from there row by row,
 // in chunks of 16 bytes, through what was asked for to where they belong.
 
+#include "common/cuda/math.cuh"
 #include "expert_linear/linear_products.cuh"
 
 namespace micro_kernels::cuda {
@@ -83,12 +84,6 @@ __device__ __forceinline__ void store_chunk(T* to, const Wide<T>& wide, int64_t 
 #pragma unroll
   for (int i = 0; i < kChunk<T>; ++i)
     if (i < left) store(to + i, T(wide.v[i]));
-}
-
-template <class Acc>
-__device__ __forceinline__ Acc sigmoid(Acc x) {
-  const Acc e = exp(x < 0 ? x : -x);
-  return (x < 0 ? e : Acc(1)) / (e + Acc(1));
 }
 
 __device__ __forceinline__ int64_t place_of(const int32_t* index, int64_t row) {

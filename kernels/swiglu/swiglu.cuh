@@ -2,6 +2,7 @@
 // Device code of the gated unit: vectors side by side, and the elements after the last whole vector one by
 // one.
 
+#include "common/cuda/math.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/rows.cuh"
 #include "micro_kernels/swiglu.h"
@@ -10,14 +11,6 @@ namespace micro_kernels::cuda {
 
 inline constexpr int kSwigluThreads = 256;
 inline constexpr int kSwigluVectors = 2;  // of one thread
-
-// Without overflow on either side: exp is only ever asked for numbers <= 0.
-template <class Acc>
-__device__ __forceinline__ Acc sigmoid(Acc x) {
-  const Acc e = exp(-fabs(x));
-  const Acc inverse = Acc(1) / (e + Acc(1));
-  return x < Acc(0) ? e * inverse : inverse;
-}
 
 template <class T>
 __device__ __forceinline__ T swiglu_element(T gate, T up) {

@@ -11,13 +11,22 @@
 
 namespace micro_kernels::cuda {
 
+// 0: there is no driver.
+inline int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 inline Status to_status(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return Status::kOk;
     case cudaErrorInsufficientDriver:
+      return driver_version() == 0 ? Status::kNoDriver : Status::kOldDriver;
     case cudaErrorNoDevice:
       return Status::kNoDriver;
+    case cudaErrorNoKernelImageForDevice:
+      return Status::kNoImage;
     default:
       return Status::kLaunchFailed;
   }
@@ -31,9 +40,9 @@ inline constexpr size_t kFreeSharedBytes = 48 * 1024;
 template <class Params>
 Status launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Params& params) {
   if (shared_bytes > kFreeSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return to_status(error);
   }
   cudaLaunchConfig_t config{};
