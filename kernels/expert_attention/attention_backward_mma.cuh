@@ -150,7 +150,7 @@ __device__ __forceinline__ void differentiate_queries(const float (&weights)[kTi
 // One block of keys of one (b, e, g) and all queries that may see them, in the order of the plan. Which of the two
 // gradients: large heads have registers for one at a time.
 template <class T, int kHead, bool kAligned, bool kGradK, bool kGradV>
-__global__ __launch_bounds__(kThreads, 2) void attention_grad_kv(BackwardArgs args) {
+__global__ __launch_bounds__(kThreads, kHead > 128 ? 1 : 2) void attention_grad_kv(BackwardArgs args) {
   using Memory = GradKeyMemory<T, kHead>;
   constexpr int kRows = Memory::kRows, kStages = Memory::kStages, kStep = Memory::kStep;
   const ExpertAttentionShape& s = args.p.shape;
