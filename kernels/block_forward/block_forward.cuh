@@ -3,8 +3,7 @@
 // warp per row; sums have one order, whatever the number of rows. The second number of the launch bounds keeps the
 // compiler from trading a few spills for more blocks.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/rows.cuh"
 #include "micro_kernels/block_forward.h"
@@ -211,7 +210,7 @@ __device__ __forceinline__ void turn_row(const TurnStep& p, const TurnRows& rows
   const T* gain = rows.gain ? static_cast<const T*>(rows.gain) + expert * width : nullptr;
   const Acc scale = gain ? inverse_rms_of<T, N>(from, width, p.eps) : Acc(1);
   const int64_t position = p.position ? load(p.position + token) : token;
-  assert(!rows.turns || (position >= 0 && position < p.positions));
+  require(!rows.turns || (position >= 0 && position < p.positions));
   const auto read = [&](int64_t at, Acc(&values)[N]) {
     load_wide<N>(from + at, values);
     if (!gain) return;

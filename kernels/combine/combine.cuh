@@ -2,8 +2,7 @@
 // Device code of the weighted sum and its gradients. Forward: one warp per piece of a token's row. Backward: one warp
 // per token, so that the token's gradient is read once for two pairs and a dot product stays within the warp.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/rows.cuh"
 #include "micro_kernels/combine.h"
@@ -23,7 +22,7 @@ inline constexpr int64_t kNoPair = INT64_MAX;
 __device__ inline int64_t pair_order(const CombineParams& p, int64_t token, int64_t rank) {
   if (rank >= p.k) return kNoPair;
   const int32_t n = load(p.inverse + token * p.k + rank);
-  assert(n >= 0 && n < p.token_count * p.k);
+  require(n >= 0 && n < p.token_count * p.k);
   if (n >= load(p.offsets + p.expert_count)) return kNoPair;
   return (static_cast<int64_t>(load(p.experts + n)) << 32) | rank;
 }
@@ -89,7 +88,7 @@ struct BackwardPair {
 template <class T>
 __device__ __forceinline__ BackwardPair<T> backward_pair(const CombineBackwardParams& p, int64_t pair) {
   const int32_t n = load(p.inverse + pair);
-  assert(n >= 0 && n < p.token_count * p.k);
+  require(n >= 0 && n < p.token_count * p.k);
   BackwardPair<T> result;
   result.row = n * p.hidden;
   result.exists = true;

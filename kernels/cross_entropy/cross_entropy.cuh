@@ -2,8 +2,7 @@
 // Device code of the cross-entropy's rows: one block per row. The first pass reads the row and keeps a running sum of
 // exponentials per thread; the second reads it again, mostly from the cache, and writes the gradient over it.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/block.cuh"
 #include "common/cuda/neighbours.cuh"
 #include "micro_kernels/cross_entropy.h"
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(Cro
     return;
   }
   row.target = load(p.targets + n);
-  assert(row.target >= 0 && row.target < p.vocabulary);
+  require(row.target >= 0 && row.target < p.vocabulary);
   const Acc of_target = static_cast<Acc>(load(row.logits + row.target));  // before anyone writes the row
   const ExponentialSum<Acc> all = row.sum(memory);
   if (threadIdx.x == 0) store(loss, log(all.sum) - (of_target - all.top));

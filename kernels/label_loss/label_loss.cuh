@@ -1,8 +1,7 @@
 #pragma once
 // Device code of the label loss: one thread per token of a layer.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/tokens.cuh"
 #include "micro_kernels/label_loss.h"
 
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) label_loss_backward_kernel(L
   const double scale = grad_loss * (layer_weight<Acc>(p, share.layer) / weights);
   for (int64_t t = share.first; t < p.tokens; t += share.step) {
     const int64_t label = load(p.labels + t);
-    assert(label < p.experts);
+    require(label < p.experts);
     const int64_t row = (share.layer * p.tokens + t) * p.experts;
     NewScoreRow<T, kWidth> grad(static_cast<T*>(p.grad_logits) + row, p.experts);
     if (label >= 0 && is_real(p.mask, t)) {

@@ -2,8 +2,7 @@
 // Device code of the load balancing loss, in two launches. In the first, each block counts and sums its share of the
 // tokens of a layer, for a few experts; in the second, one block adds the shares in order and multiplies.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/lane_sums.cuh"
 #include "common/cuda/tokens.cuh"
 #include "micro_kernels/load_balancing_loss.h"
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) load_balancing_sums_kernel(L
     real = block_sum<kTokenThreads>(real, shared.real);
     if (threadIdx.x == 0) store(launch.real + share.block, real);
   }
-  assert(inside);  // last, because an assertion is a call, and would push what is alive out of the registers
+  require(inside);
 }
 
 // The means of layer and expert number i, from the sums of the blocks.

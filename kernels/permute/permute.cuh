@@ -1,8 +1,7 @@
 #pragma once
 // Device code of the gather and its gradient: one warp per piece of a row of the output.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/rows.cuh"
 #include "micro_kernels/permute.h"
@@ -15,7 +14,7 @@ __global__ void __launch_bounds__(kRowThreads) permute_kernel(PermuteParams p) {
   if (piece.row >= p.rows) return;
   const bool active = piece.row < load(p.offsets + p.experts);
   const int64_t token = active ? load(p.tokens + piece.row) : 0;
-  assert(token >= 0 && (token < p.token_count || !active));
+  require(token >= 0 && (token < p.token_count || !active));
   const T* x = static_cast<const T*>(p.x) + token * p.hidden;
   T* y = static_cast<T*>(p.y) + piece.row * p.hidden;
 
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(kRowThreads) permute_backward_kernel(PermuteBa
   Acc sums[kPieceVectors][N]{};
   for (int64_t pair = piece.row * p.k; pair < (piece.row + 1) * p.k; ++pair) {
     const int64_t n = load(p.inverse + pair);
-    assert(n >= 0 && n < p.token_count * p.k);
+    require(n >= 0 && n < p.token_count * p.k);
     if (n >= active) continue;
     const T* row = static_cast<const T*>(p.grad_y) + n * p.hidden;
 #pragma unroll

@@ -3,8 +3,7 @@
 // and how many of them come before its own chunk, then gives the pairs of its chunk their rows, in order. Reading all
 // of them again in each block costs little: they are a few bytes per pair and come from the cache.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/lane_sums.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/warp.cuh"
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(PlanLaunch launch
   }
   // Last, because an assertion is a call, and would push what is alive out of the registers.
   for (int64_t pair = begin * p.k + threadIdx.x; pair < end * p.k; pair += kPlanThreads)
-    assert(load(p.ids + pair) >= 0 && load(p.ids + pair) < p.expert_count);
+    require(load(p.ids + pair) >= 0 && load(p.ids + pair) < p.expert_count);
 }
 
 }  // namespace micro_kernels::cuda

@@ -3,8 +3,7 @@
 // grad_gain: rows are cut at fixed places, each part summed in row order, and the parts added in order by a second
 // kernel.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/block.cuh"
 #include "common/cuda/launch.cuh"
 #include "micro_kernels/rms_norm.h"
@@ -36,7 +35,7 @@ template <class P>
 __device__ __forceinline__ int64_t rms_norm_expert(const P& p, int64_t row_of_y) {
   if (!p.expert) return static_cast<uint32_t>(row_of_y) / static_cast<uint32_t>(p.rows_per_expert);
   const int32_t expert = load(p.expert + row_of_y);
-  assert(expert >= 0 && expert < p.experts);
+  require(expert >= 0 && expert < p.experts);
   return expert;
 }
 

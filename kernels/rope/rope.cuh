@@ -2,8 +2,7 @@
 // Device code of the rotation. One warp per row, or per part of its heads: a lane keeps the angles of its columns and
 // walks over heads, so that the table is read once.
 
-#include <cassert>
-
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/memory.cuh"
 #include "common/cuda/rows.cuh"
 #include "micro_kernels/rope.h"
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) rope_kernel(RopeParams p) {
   // Rows number less than 2^32: a division of 64 bits is a call.
   const int64_t position =
       p.tokens ? load(p.tokens + row) : static_cast<uint32_t>(row) % static_cast<uint32_t>(p.positions);
-  assert(position >= 0 && position < p.positions);
+  require(position >= 0 && position < p.positions);
 
   const int64_t row_at = row * p.heads * p.head_dim;
   const int64_t first_head = int64_t{blockIdx.y} * kRopeHeads * lanes.heads + lane / lanes.columns;

@@ -2,9 +2,9 @@
 // Device code of routing: one thread per token. There are few experts, so that a token's work is a handful of
 // instructions behind its loads; nothing is shared between tokens.
 
-#include <cassert>
 #include <cmath>
 
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/score_row.cuh"
 #include "micro_kernels/route.h"
 
@@ -30,7 +30,7 @@ __device__ void steer(const RouteParams& p, int64_t token, NewScoreRow<accumulat
   using Acc = accumulator_t<T>;
   const Acc nothing = static_cast<Acc>(-INFINITY);
   const int32_t forced = forced_expert(p.force, p.force_stride, token);
-  assert(forced >= -1 && forced < p.experts);
+  require(forced >= -1 && forced < p.experts);
   if (forced >= 0) {
 #pragma unroll
     for (int e = 0; e < effective.size(); ++e) effective.set(e, e == forced ? Acc(0) : nothing);
@@ -103,7 +103,7 @@ __device__ Choice<Acc> choose(const RouteParams& params, int64_t token, int64_t 
                               const Choice<Acc>& last) {
   if (!params.replay) return next_choice(p, last);
   const int32_t id = load(params.replay + token * params.k + i);
-  assert(id >= 0 && id < params.experts);
+  require(id >= 0 && id < params.experts);
   return {p.at(id), id};
 }
 
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1) route_backward_kernel(RouteL
   const int64_t token = int64_t{blockIdx.x} * kRouteThreads + threadIdx.x;
   if (token >= p.tokens) return;
   // Before anything else, because an assertion is a call, and would push what is alive out of the registers.
-  assert(ids_inside(launch, token));
+  require(ids_inside(launch, token));
   const int64_t row = token * p.experts;
   NewScoreRow<Acc, kWidth> grad_z(static_cast<Acc*>(p.grad_z) + row, p.experts);  // dL/dp, then dL/dz
   fill_zero(grad_z);

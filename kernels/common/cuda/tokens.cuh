@@ -4,10 +4,10 @@
 // fixed order. All in double, as on the CPU: a row is a handful of numbers, and its sums run over many tokens.
 
 #include <algorithm>
-#include <cassert>
 #include <cmath>
 #include <cstdint>
 
+#include "common/cuda/arch/trap.cuh"
 #include "common/cuda/block.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/score_row.cuh"
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kTokenThreads, 1) token_sums_kernel(TokenSumsL
     real = block_sum<kTokenThreads>(real, memory);
     if (threadIdx.x == 0) store(launch.real() + share.block, real);
   }
-  assert(inside);  // last, because an assertion is a call, and would push what is alive out of the registers
+  require(inside);
 }
 
 template <class Term>
