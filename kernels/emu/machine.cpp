@@ -410,7 +410,9 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
 
 }  // namespace micro_kernels::emu
 
-// A device assertion is a fault of the kernel; one of the host ends the program as usual.
+// A device assertion is a fault of the kernel; one of the host ends the program as usual. The C library's own name and
+// promise; inside a kernel fault() leaves without an exception.
+// NOLINTNEXTLINE(bugprone-exception-escape,bugprone-reserved-identifier)
 extern "C" void __assert_fail(const char* assertion, const char* file, unsigned line, const char* function) noexcept {
   using namespace micro_kernels::emu;
   if (running()) fault({file, static_cast<int>(line)}, std::string("device assertion failed: ") + assertion);

@@ -52,8 +52,8 @@ bool heads_aligned(const void* heads, const HeadStrides& strides) {
   return all_aligned({heads});
 }
 
-// Calls body.operator()<kHead, kAligned>() with the head size up to what kernels are made for. Single elements are moved
-// by one kernel for all sizes.
+// Calls body.operator()<kHead, kAligned>() with the head size up to what kernels are made for. Single elements are
+// moved by one kernel for all sizes.
 template <class Body>
 auto with_head_size(int64_t head_dim, bool aligned, const Body& body) {
   if (!aligned) return body.template operator()<256, false>();

@@ -47,6 +47,6 @@ Status sample(const SampleParams& params, const ParallelFor& parallel_for);
 namespace cuda {
 int64_t sample_workspace(const SampleParams& params);  // bytes; depends on sizes and options only
 Status sample(const SampleParams& params, void* workspace, void* stream);
-}
+}  // namespace cuda
 
 }  // namespace micro_kernels
