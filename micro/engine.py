@@ -110,12 +110,13 @@ class Engine:
         :meth:`open`. Raises ``ValueError`` for a model on another device: the engine computes on the CPU.
         """
         config = model.config
-        if model.device.type != "cpu":
-            raise ValueError(
-                f"Engine.from_model: the engine computes on the CPU, this model is on {model.device}: pass "
-                'model.to("cpu"), or generate with the model itself'
-            )
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        elsewhere = {str(p.device) for p in parameters.values() if p.device.type != "cpu"}
+        if elsewhere:
+            raise ValueError(
+                f"Engine.from_model: the engine computes on the CPU, this model is on {', '.join(sorted(elsewhere))}: "
+                'pass model.to("cpu"), or generate with the model itself'
+            )
         options = _options(dtype, numerics or config.numerics, weights, keys_values, max_length)
         return cls(core.Engine(_fields(config, model.generation_config), parameters, **options), config, tokenizer)
 

@@ -26,7 +26,7 @@ class Job:
 
     def __init__(self, model: Any, ids: Any, controls: Mapping[str, Any] | None = None) -> None:
         self.model = model
-        self.ids = torch.as_tensor(ids).to(model.device)
+        self.ids = torch.as_tensor(ids).to(getattr(model, "device", "cpu"))  # an engine is on the CPU
         self.controls = dict(controls or {})
 
     def prepare(self) -> None:

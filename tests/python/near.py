@@ -1,7 +1,7 @@
 """One comparison for all operators: relative to the largest value, by the tolerances of tolerances.py."""
 
 import torch
-from tolerances import RELATIVE
+from tolerances import RELATIVE_ON_CUDA
 from torch import Tensor
 
 
@@ -10,4 +10,4 @@ def assert_near(got: Tensor, want: Tensor, *, dtype: torch.dtype | None = None, 
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
-    torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=factor * RELATIVE[dtype or want.dtype])
+    torch.testing.assert_close(got / scale, want / scale, rtol=0, atol=factor * RELATIVE_ON_CUDA[dtype or want.dtype])

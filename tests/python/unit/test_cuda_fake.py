@@ -15,6 +15,7 @@ from micro.experts import BlockParameters
 from micro.modeling import MiCRoForCausalLM
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+models_live = pytest.mark.skipif(not knows_cuda(), reason="this torch cannot make modules on cuda")
 differentiates = pytest.mark.skipif(not knows_cuda(), reason="this torch cannot differentiate tensors on cuda")
 
 
@@ -91,6 +92,7 @@ def ids_of(rows: int = 2, slots: int = 9) -> torch.Tensor:
     return torch.zeros(rows, slots, dtype=torch.int64, device="cuda")
 
 
+@models_live
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_model_reads_and_decodes(backbone: str, kind: str) -> None:
@@ -106,6 +108,7 @@ def test_a_model_reads_and_decodes(backbone: str, kind: str) -> None:
         assert out.past_key_values.get_seq_length() == 11
 
 
+@models_live
 @pytest.mark.parametrize(
     "controls",
     [
@@ -149,6 +152,7 @@ def test_a_look_at_a_value_would_be_noticed() -> None:
         bool(torch.ones(3, device="cuda").any())
 
 
+@models_live
 def test_the_engine_says_where_it_computes() -> None:
     with FakeTensorMode():
         model = model_of("llama", "block", torch.float32)
