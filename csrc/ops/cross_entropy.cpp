@@ -80,7 +80,7 @@ struct Chunks {
   }
 };
 
-// ---- on the CPU: the rows with a target are chosen first, and nothing else is touched -------------------------------
+// ---- on the CPU: the rows with a target are chosen first, and nothing else is touched ------------------------------
 
 // Losses of a chunk's rows; the logits are replaced by their gradient if that is wanted.
 Tensor chunk_losses(const Tensor& logits, const Tensor& targets, bool write_gradient) {

@@ -13,7 +13,7 @@ namespace micro_kernels::cuda {
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 inline constexpr int64_t kNoPair = INT64_MAX;
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kRowThreads, 3) combine_kernel(CombineParams p
     if (piece.column(i) < p.hidden) store_vec<N>(out + piece.column(i), sums[i]);
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 inline constexpr int kPairsAtOnce = 2;  // pairs that share one reading of their token's gradient
 

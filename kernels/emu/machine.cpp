@@ -305,8 +305,6 @@ Moment now() {
   return {m.run, m.block_number, thread, m.block_epoch, m.warps[thread / kLanes].epoch};
 }
 
-Size block_of_now() { return machine().block; }
-
 int lane() { return static_cast<int>(machine().running->number % kLanes); }
 
 void block_barrier(Site site) {

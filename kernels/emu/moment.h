@@ -32,7 +32,6 @@ struct Moment {
 // machine.cpp: of the thread that runs now.
 bool running();
 Moment now();
-Size block_of_now();
 
 // memory.cpp
 class Snapshot;

@@ -45,8 +45,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_delta(BackwardArgs args
   if (used && lane == 0) store(static_cast<Acc*>(args.delta) + row, sum);
 }
 
-// ---- rows of a tile, with what the forward kept of them
-// --------------------------------------------------------------
+// ---- rows of a tile, with what the forward kept of them ------------------------------------------------------------
 
 template <class Acc, int kRows>
 struct BackwardRows {

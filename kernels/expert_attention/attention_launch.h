@@ -62,8 +62,7 @@ auto with_head_size(int64_t head_dim, bool aligned, const Body& body) {
   return body.template operator()<256, true>();
 }
 
-// ---- the share of the tensor cores' work that is needed
-// --------------------------------------------------------------
+// ---- the share of the tensor cores' work that is needed ------------------------------------------------------------
 
 // Elements of scores.
 struct TileCount {

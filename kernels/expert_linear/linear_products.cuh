@@ -214,7 +214,7 @@ class ThreadProduct {
   T sums_[kDown][kAcross];
 };
 
-// ---- float32 that may be rounded to TF32: tensor cores --------------------------------------------------------------
+// ---- float32 that may be rounded to TF32: tensor cores -------------------------------------------------------------
 
 // As TensorProduct, with fragments of 16 rows, 8 columns and 8 steps.
 template <int kRows, Along kLeftAlong, Along kRightAlong>

@@ -15,8 +15,7 @@
 namespace micro_kernels::cuda {
 namespace {
 
-// ---- what the helpers compute
-// ----------------------------------------------------------------------------------------
+// ---- what the helpers compute --------------------------------------------------------------------------------------
 
 struct Reductions {
   BlockSumMemory<float, kThreads> sums;
@@ -141,8 +140,7 @@ TEST(EmulatorComputes, TensorCoresInTf32) {
     }
 }
 
-// ---- what it counts
-// --------------------------------------------------------------------------------------------------
+// ---- what it counts ------------------------------------------------------------------------------------------------
 
 void strided(Arrays p) {
   const int64_t t = threadIdx.x;

@@ -57,8 +57,7 @@ void expect_caught(const char* reasons, void (*broken)(Arrays), void (*right)(Ar
   EXPECT_TRUE(says(fault_of(broken), reasons));
 }
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers ------------------------------------------------------------------------------------------------------
 
 template <bool kRight>
 void turn_through_shared(Arrays p) {
@@ -120,8 +119,7 @@ TEST(Emulator, DivergentBarrier) {
   EXPECT_TRUE(says(fault_of(barrier_of_some<3>), "barrier")) << "a thread that has left";
 }
 
-// ---- bounds, alignment, first write
-// ----------------------------------------------------------------------------------
+// ---- bounds, alignment, first write --------------------------------------------------------------------------------
 
 template <int kLoadAt, int kStoreAt>
 void copy_from_to(Arrays p) {
@@ -231,8 +229,7 @@ TEST(Emulator, Alignment) {
   EXPECT_TRUE(says(with(shared_wide<2>, 15), "misaligned"));
 }
 
-// ---- races
-// -----------------------------------------------------------------------------------------------------------
+// ---- races ---------------------------------------------------------------------------------------------------------
 
 template <bool kRight>
 void two_writers(Arrays p) {
@@ -310,8 +307,7 @@ TEST(Emulator, WarpBarrierBetweenWarps) {
   expect_caught(kUnordered, turn_between_warps<false>, turn_between_warps<true>);
 }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------------------------
+// ---- asynchronous copies -------------------------------------------------------------------------------------------
 
 enum class Copy { kRight, kNoWait, kTooFewWaited, kNoCommit, kNoBarrier, kMisaligned, kOutside };
 
@@ -393,8 +389,7 @@ TEST(Emulator, RingOfCopies) {
   EXPECT_TRUE(says(fault_of(two_stages<false>, {x.data(), y.data()}, 1, kThreads / 4, shared), kUnordered));
 }
 
-// ---- masks
-// -----------------------------------------------------------------------------------------------------------
+// ---- masks ---------------------------------------------------------------------------------------------------------
 
 enum class Mask { kRight, kHalfCame, kLaneOutside, kTwoLines, kNotInMask };
 
@@ -437,8 +432,7 @@ void mma_of(Arrays p) {
 
 TEST(Emulator, MmaByPartOfAWarp) { expect_caught("mma", mma_of<false>, mma_of<true>); }
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------------------------------
 
 // A launch that a device refuses: as a status, or as a fault.
 bool refused(dim3 grid, dim3 block, size_t shared) {

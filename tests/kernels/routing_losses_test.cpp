@@ -310,7 +310,7 @@ TEST_F(RoutingLossOfFloats, ManyTokens) {
   entropy(many);
 }
 
-// ---- load balancing: probabilities are never narrow -----------------------------------------------------------------
+// ---- load balancing: probabilities are never narrow ----------------------------------------------------------------
 
 template <class T>
 class LoadBalancingLossTest : public testing::Test {
@@ -380,7 +380,7 @@ TYPED_TEST(LoadBalancingLossTest, AllOnOneExpertAndNoRealToken) {
   this->run(problem, true);
 }
 
-// ---- single facts ---------------------------------------------------------------------------------------------------
+// ---- single facts --------------------------------------------------------------------------------------------------
 
 TEST(RoutingEntropy, ZeroTimesItsLogarithmIsZeroWithAZeroGradient) {
   const Buffer<float> probs(std::vector<float>{0, 1}), entropy(1), gradient(2), slope(std::vector<float>{1});

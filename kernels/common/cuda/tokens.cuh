@@ -86,8 +86,7 @@ __device__ double log_sum_exp(const ScoreRow<T, kWidth>& z) {
   return top + log(sum);
 }
 
-// ---- the first launch
-// ------------------------------------------------------------------------------------------------
+// ---- the first launch ----------------------------------------------------------------------------------------------
 
 template <class Params>
 struct TokenSumsLaunch {
@@ -136,8 +135,7 @@ Status launch_token_sums(const TokenSumsLaunch<typename Term::Params>& params, v
                 sizeof(TokenSumMemory), stream, params);
 }
 
-// ---- the second
-// ------------------------------------------------------------------------------------------------------
+// ---- the second ----------------------------------------------------------------------------------------------------
 
 // Number of real tokens, at least 1, from the counts of the first launch. Without layers nothing was counted.
 __device__ inline double counted_tokens(const double* real, int64_t layers, int64_t blocks, TokenSumMemory& memory) {

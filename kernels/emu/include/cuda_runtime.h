@@ -14,7 +14,6 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __restrict__
 
 struct uint3 {
   unsigned x, y, z;
@@ -51,40 +50,14 @@ T __shfl_xor_sync(unsigned mask, T value, int other, int width = 32, MICRO_EMU_S
     return source < (lane & ~(width - 1)) + width ? source : lane;
   });
 }
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, MICRO_EMU_SITE) {
-  return micro_kernels::emu::shuffle(mask, value, MICRO_EMU_HERE, [=](int lane) {
-    return lane - static_cast<int>(by) < (lane & ~(width - 1)) ? lane : lane - static_cast<int>(by);
-  });
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, MICRO_EMU_SITE) {
-  return micro_kernels::emu::shuffle(mask, value, MICRO_EMU_HERE, [=](int lane) {
-    return lane + static_cast<int>(by) >= (lane & ~(width - 1)) + width ? lane : lane + static_cast<int>(by);
-  });
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate, MICRO_EMU_SITE) {
   return micro_kernels::emu::ballot(mask, predicate != 0, MICRO_EMU_HERE);
 }
-inline int __any_sync(unsigned mask, int predicate, MICRO_EMU_SITE) {
-  return micro_kernels::emu::ballot(mask, predicate != 0, MICRO_EMU_HERE) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, MICRO_EMU_SITE) {
-  return micro_kernels::emu::ballot(mask, predicate != 0, MICRO_EMU_HERE) == mask;
-}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int __ffs(int value) { return __builtin_ffs(value); }
-inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
-inline double rsqrt(double value) { return 1.0 / sqrt(value); }
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
 
-// ---- launches
-// --------------------------------------------------------------------------------------------------------
+// ---- launches ------------------------------------------------------------------------------------------------------
 
 enum cudaError_t {
   cudaSuccess,
