@@ -4,75 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.batches import IGNORED, batches, encoded, shifted, token_losses
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, ratio
+from micro.analysis.suites import LossSuite, Suite
 from micro.progress import track
+
+__all__ = ["AblationReport", "LossSuite", "Suite", "ablation"]
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from micro.data import Record
     from micro.modeling import MiCRoForCausalLM
-
-
-class Suite(Protocol):
-    """Something that scores a model under steering, record by record."""
-
-    names: list[str]  # of the rows, for example domains
-    records: int
-
-    def score(self, model: MiCRoForCausalLM, controls: Mapping[str, Any]) -> tuple[Array, Array]:
-        """Sum of the score and number of items, both [records, rows]."""
-        ...
-
-
-class LossSuite:
-    """Cross-entropy of answer tokens in nats, grouped by the label of the predicted token.
-
-    Args:
-        records: labelled records.
-        tokenizer: of the model.
-        names: names of the label rows; the four experts if not given.
-        max_tokens: slots per batch.
-        encode_options: passed to :func:`micro.data.encode`.
-    """
-
-    def __init__(
-        self,
-        records: Sequence[Record],
-        tokenizer: Any,
-        *,
-        names: Sequence[str] | None = None,
-        max_tokens: int = 2048,
-        encode_options: dict[str, Any] | None = None,
-    ) -> None:
-        from micro.experts import NAMES
-
-        self.names = list(names or NAMES)
-        self.records = len(records)
-        rows = encoded(records, tokenizer, **(encode_options or {}))
-        if not rows:
-            raise ValueError(f"LossSuite: none of the {len(records)} records could be encoded")
-        self._batches = list(batches(rows, tokenizer, max_tokens=max_tokens))
-
-    def score(self, model: MiCRoForCausalLM, controls: Mapping[str, Any]) -> tuple[Array, Array]:
-        sums = np.zeros((self.records, len(self.names)))
-        counts = np.zeros_like(sums)
-        for records, batch in self._batches:
-            losses = token_losses(model, batch, **controls).double().numpy()
-            targets = shifted(batch["labels"]).numpy() != IGNORED
-            labels = np.roll(batch["routing_labels"].numpy(), -1, axis=1)
-            for row, record in enumerate(records):
-                wanted = targets[row]
-                np.add.at(sums[record], labels[row][wanted], losses[row][wanted])
-                np.add.at(counts[record], labels[row][wanted], 1)
-        return sums, counts
 
 
 @dataclass
