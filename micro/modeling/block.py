@@ -53,10 +53,51 @@ class MiCRoBlocks(nn.Module):
         self.v_proj = StackedLinear(experts, hidden, keys, rows=False)
         self.o_proj = StackedLinear(experts, queries, hidden, rows=True)
 
-    def ffn(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def ffn(self, x: Tensor, rows: RoutedRows) -> Tensor:
         """SwiGLU of each row's expert: x [N,H] in plan order -> [N,H]."""
-        out: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x, offsets), self.up_proj(x, offsets)), offsets)
+        offsets = rows.plan.offsets
+        up = rows.at("up", self.up_proj(x, offsets))
+        units = rows.at("units", ops.swiglu(self.gate_proj(x, offsets), up))
+        out: Tensor = self.down_proj(units, offsets)
         return out
+
+
+class RoutedRows:
+    """The rows that a layer's experts compute, and where actions meet them.
+
+    The usual ones are the routing's. Where actions ask for all experts on all tokens, the plan has T E rows, and the
+    result is still made of the routing's alone.
+    """
+
+    def __init__(self, routing: Routing, experts: int, call: Call, controls: LayerControls) -> None:
+        self.routing, self.hooks = routing, controls.hooks
+        self.usual = self.plan = ops.plan(routing.ids, experts, routing.weights, call.real)
+        if self.hooks is None or not self.hooks.all_experts:
+            return
+        everyone = torch.arange(experts, dtype=torch.int32, device=routing.ids.device)
+        self.plan = ops.plan(everyone.repeat(len(routing.ids), 1), experts, None, call.real)
+        self.hooks.chosen = self._chosen()
+
+    def _chosen(self) -> Tensor:
+        """Bool [T,E]: the pairs of the usual plan."""
+        usual = self.usual
+        pairs = torch.zeros_like(self.plan.inverse, dtype=torch.bool)
+        routed = torch.arange(len(usual.tokens), device=pairs.device) < usual.offsets[-1]
+        pairs[usual.tokens[routed].long(), usual.experts[routed].long()] = True
+        return pairs
+
+    def at(self, point: str, x: Tensor) -> Tensor:
+        """Rows [N,W] in plan order, after the actions at a point."""
+        if self.hooks is None:
+            return x
+        return self.hooks.routed(point, x, self.plan.tokens, self.plan.experts, self.plan.offsets)
+
+    def combine(self, out: Tensor) -> Tensor:
+        """Weighted sum of a token's experts: out [N,H] -> [T,H]."""
+        usual = self.usual
+        if usual is not self.plan:
+            out = out[self.plan.inverse[usual.tokens.long(), usual.experts.long()].long()]
+        return ops.combine(out, self.routing.weights, usual.experts, usual.offsets, usual.inverse)
 
 
 def jitter(x: Tensor, controls: LayerControls) -> Tensor:
@@ -75,6 +116,8 @@ def decide(
 ) -> tuple[Tensor | None, Routing]:
     """Raw logits (None if the router need not run) and the decision for x [T,H] (model.md 2.3, 4.3)."""
     raw = router(x) if controls.run_router else None
+    if raw is not None and controls.hooks is not None:
+        raw = controls.hooks.tokens("router", raw)
     memo = controls.memo
     replay = controls.replay if memo is None or memo.ids is None else memo.ids
     k, rule, rows = call.experts_per_token, call.weight_rule, controls.rows
@@ -130,7 +173,8 @@ class MiCRoBlockLayer(GradientCheckpointingLayer):
             return result(*done, controls)
         x = jitter(hidden.reshape(-1, hidden.shape[-1]), controls)
         raw, routing = decide(self.router, x, bias, call, controls)
-        plan = ops.plan(routing.ids, self.num_experts, routing.weights, call.real)
+        rows = RoutedRows(routing, self.num_experts, call, controls)
+        plan = rows.plan
         xs = ops.permute(x, plan.tokens, plan.offsets, plan.inverse)
         blocks, offsets, experts = self.blocks, plan.offsets, plan.experts
         keys, values = self._keys_values(x, call, None if call.cache is not None else offsets)
@@ -141,14 +185,14 @@ class MiCRoBlockLayer(GradientCheckpointingLayer):
         a = ops.expert_attention(
             q, keys, values, plan.tokens, offsets, slots=call.slots, start=call.start, mask=call.mask
         )
-        a = blocks.o_proj(a.flatten(1), offsets)
+        a = blocks.o_proj(rows.at("heads", a.flatten(1)), offsets)
         if self.olmo:
-            u = xs + blocks.post_attention_norm(a, experts)
-            out = u + blocks.post_ffn_norm(blocks.ffn(u, offsets), experts)
+            u = xs + rows.at("attention", blocks.post_attention_norm(a, experts))
+            f = blocks.post_ffn_norm(blocks.ffn(u, rows), experts)
         else:
-            u = xs + a
-            out = u + blocks.ffn(blocks.post_attention_norm(u, experts), offsets)
-        y = ops.combine(out, routing.weights, experts, offsets, plan.inverse)
+            u = xs + rows.at("attention", a)
+            f = blocks.ffn(blocks.post_attention_norm(u, experts), rows)
+        y = rows.combine(rows.at("block_output", u + rows.at("ffn", f)))
         if controls.rows is not None:
             y = touch(y, self.router)
         return result(y.view(hidden.shape), raw, routing, controls)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from transformers.cache_utils import Cache
 
 from micro import ops
 from micro.modeling.config import MiCRoConfig
+
+if TYPE_CHECKING:
+    from micro.interventions.session import LayerHooks
 
 
 @dataclass
@@ -60,7 +64,8 @@ class LayerControls:
     """Steering of one layer in one call, in the shapes that :func:`micro.ops.route` takes.
 
     rows float [T,E] are used in place of probabilities, only where ``row_mask`` bool [T] if that is given; ablate bool
-    [T|1,E]; force int32 [T|1], -1 free; replay int32 [T,K], only where ``replay_mask`` bool [T] if that is given.
+    [T|1,E]; force int32 [T|1], -1 free; replay int32 [T,K], only where ``replay_mask`` bool [T] if that is given;
+    hooks: the actions of an open ``model.intervene`` block on this layer.
     """
 
     rows: Tensor | None = None
@@ -73,6 +78,7 @@ class LayerControls:
     jitter: float = 0.0
     jitter_seed: int = 0
     memo: Memo | None = field(default=None)
+    hooks: LayerHooks | None = None
 
 
 def attention_masks(mask: Tensor | None, rows: int, slots: int, start: int) -> tuple[Tensor | None, Tensor | None]:

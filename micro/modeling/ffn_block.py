@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from micro import ops
-from micro.modeling.block import LayerResult, MiCRoBlocks, decide, jitter, result
+from micro.modeling.block import LayerResult, MiCRoBlocks, RoutedRows, decide, jitter, result
 from micro.modeling.cache import append_to_cache
 from micro.modeling.call import Call, LayerControls
 from micro.modeling.config import MiCRoConfig
 from micro.modeling.fused import FusedLayer
 from micro.modeling.layers import Linear, RMSNorm, touch
 from micro.modeling.router import MiCRoRouter
+
+if TYPE_CHECKING:
+    from micro.interventions.session import LayerHooks
 
 
 class MiCRoAttention(nn.Module):
@@ -33,7 +38,7 @@ class MiCRoAttention(nn.Module):
             self.q_norm = RMSNorm(queries, eps, gain_in_float32=True)
             self.k_norm = RMSNorm(keys, eps, gain_in_float32=True)
 
-    def forward(self, x: Tensor, call: Call) -> Tensor:
+    def forward(self, x: Tensor, call: Call, hooks: LayerHooks | None = None) -> Tensor:
         """Causal attention of x [T,H] -> [T,H], as the expert attention with one expert that has every token."""
         heads, groups, size = self.heads
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -46,7 +51,8 @@ class MiCRoAttention(nn.Module):
         if call.cache is not None:
             k, v = append_to_cache(call.cache, self.index, k, v, call.length)
         a = ops.expert_attention(q, k, v, *call.everyone, slots=call.slots, start=call.start, mask=call.mask)
-        out: Tensor = self.o_proj(a.flatten(1))
+        a = a.flatten(1)
+        out: Tensor = self.o_proj(a if hooks is None else hooks.tokens("heads", a))
         return out
 
 
@@ -78,22 +84,23 @@ class MiCRoFFNLayer(GradientCheckpointingLayer):
         """As :meth:`micro.modeling.block.MiCRoBlockLayer.forward`."""
         if call.fused and (done := self.fused.run(self, hidden, bias, call, controls)) is not None:
             return result(*done, controls)
-        x = hidden.reshape(-1, hidden.shape[-1])
+        x, hooks = hidden.reshape(-1, hidden.shape[-1]), controls.hooks
         if self.olmo:
-            u = jitter(x + self.post_attention_layernorm(self.self_attn(x, call)), controls)
-            n = u
+            a = self.post_attention_layernorm(self.self_attn(x, call, hooks))
+            u = n = jitter(x + (a if hooks is None else hooks.tokens("attention", a)), controls)
         else:
-            u = x + self.self_attn(self.input_layernorm(x), call)
+            a = self.self_attn(self.input_layernorm(x), call, hooks)
+            u = x + (a if hooks is None else hooks.tokens("attention", a))
             n = jitter(self.post_attention_layernorm(u), controls)
         raw, routing = decide(self.router, n, bias, call, controls)
-        m = self._mixture(n, routing.ids, routing.weights, call)
+        m = self._mixture(n, RoutedRows(routing, self.num_experts, call, controls))
         y = u + (self.post_feedforward_layernorm(m) if self.olmo else m)
         if controls.rows is not None:
             y = touch(y, self.router)
         return result(y.view(hidden.shape), raw, routing, controls)
 
-    def _mixture(self, n: Tensor, ids: Tensor, weights: Tensor, call: Call) -> Tensor:
+    def _mixture(self, n: Tensor, rows: RoutedRows) -> Tensor:
         """Weighted sum of a token's FFN experts, [T,H]; 0 at padded tokens."""
-        plan = ops.plan(ids, self.num_experts, weights, call.real)
-        rows = ops.permute(n, plan.tokens, plan.offsets, plan.inverse)
-        return ops.combine(self.blocks.ffn(rows, plan.offsets), weights, plan.experts, plan.offsets, plan.inverse)
+        plan = rows.plan
+        f = self.blocks.ffn(ops.permute(n, plan.tokens, plan.offsets, plan.inverse), rows)
+        return rows.combine(rows.at("block_output", rows.at("ffn", f)))

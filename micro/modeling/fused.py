@@ -138,7 +138,7 @@ class FusedLayer:
         self, layer: nn.Module, hidden: Tensor, bias: Tensor | None, call: Call, controls: LayerControls
     ) -> tuple[Tensor, Tensor | None, Routing] | None:
         """Of hidden [B,S,H]: (hidden [B,S,H], raw router logits [T,E] or None, decision); None: not possible."""
-        if controls.row_mask is not None or controls.replay_mask is not None:
+        if controls.row_mask is not None or controls.replay_mask is not None or controls.hooks is not None:
             return None
         if controls.jitter != 0.0:
             return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.generic import can_return_tuple
 
+from micro.interventions.session import active, intervene
 from micro.modeling import keys
 from micro.modeling.block import MiCRoBlockLayer
 from micro.modeling.bound import BoundSteering
@@ -28,6 +30,9 @@ from micro.modeling.outputs import MiCRoModelOutputWithPast
 from micro.modeling.router import RouterMap, initialize_router_map
 from micro.modeling.steer import Steering
 from micro.modeling.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from micro.interventions import Action, Session
 
 
 class MiCRoPreTrainedModel(PreTrainedModel):
@@ -74,6 +79,11 @@ class MiCRoPreTrainedModel(PreTrainedModel):
         for name, parameter in self.named_parameters():
             if ".blocks." in f".{name}":
                 yield name, parameter[index]
+
+    def intervene(self, *actions: Action, all_experts: bool = False) -> AbstractContextManager[Session]:
+        """A block in which actions read and change activations: :func:`micro.interventions.intervene`."""
+        model = self if isinstance(self, MiCRoModel) else self.model
+        return intervene(model, *actions, all_experts=all_experts)
 
     # ------------------------------------------------------------------ files
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -272,21 +282,30 @@ class MiCRoModel(MiCRoPreTrainedModel):
         checkpointed = self.gradient_checkpointing and self.training
         noise = float(self.config.jitter_noise) if self.training else 0.0
         records, hidden = [], []
+        session = active(self)
+        if session is not None and checkpointed:
+            raise ValueError("model.intervene: a checkpointed layer would act twice; disable gradient checkpointing")
         # Without steering all layers may share one object.
-        free = LayerControls() if bound.steering.free and not checkpointed and not noise else None
+        shared = bound.steering.free and not checkpointed and not noise and session is None
+        free = LayerControls() if shared else None
         refold = call.start == 0 and self.config.numerics == "fast"  # decoded tokens share what their prompt folded
         for index, layer in enumerate(self.layers):
             if refold:
                 layer.router.forget_fold()  # type: ignore[union-attr, operator]
-            if keep_hidden:
-                hidden.append(x)
             controls = free or bound.layer(index)
             controls.run_router = controls.run_router or raw
             controls.memo = Memo() if checkpointed else None
             if noise:
                 controls.jitter, controls.jitter_seed = noise, self._jitter_seed()
+            controls.hooks = hooks = None if session is None else session.layer(index, call)
+            if hooks is not None:
+                x = hooks.tokens("residual", x.flatten(0, 1)).view(x.shape)
+            if keep_hidden:
+                hidden.append(x)
             x, *record = layer(x, bound.bias(index), call=call, controls=controls)
             records.append(tuple(record))
+        if session is not None and (hooks := session.layer(len(self.layers), call)) is not None:
+            x = hooks.tokens("residual", x.flatten(0, 1)).view(x.shape)
         return x, records, hidden
 
     def _jitter_seed(self) -> int:

@@ -1,0 +1,33 @@
+"""Reading and changing activations inside a forward pass.
+
+    from micro import interventions as iv
+
+    with model.intervene(iv.zero("heads", experts="logic", heads=[1]), iv.read("block_output", layers=3)) as run:
+        model(input_ids)
+    run["block_output"]  # Reading
+
+Nothing sticks to a module: when the block ends, the model is what it was; an empty block changes no bit. Actions act in
+the order given, so a ``read`` behind a ``zero`` sees zeros. Points: :mod:`micro.interventions.points`.
+"""
+
+from micro.interventions.actions import Action, moments, read, replace, resample, scale, shift, zero
+from micro.interventions.points import POINTS, Point
+from micro.interventions.readings import Moments, Reading
+from micro.interventions.session import Session, intervene
+
+__all__ = [
+    "POINTS",
+    "Action",
+    "Moments",
+    "Point",
+    "Reading",
+    "Session",
+    "intervene",
+    "moments",
+    "read",
+    "replace",
+    "resample",
+    "scale",
+    "shift",
+    "zero",
+]
