@@ -194,4 +194,20 @@ TEST = (
         'here "{a}" is the subject, "{third}" the verb, and "the {thing}" the direct object.',
         _verb,
     ),
+    Template(
+        "possessive",
+        'How does one write "the {thing} of {b}" with an apostrophe?',
+        'with an apostrophe and an s, the same phrase is written "{b}\'s {thing}".',
+    ),
+    Template(
+        "perfect",
+        'Put "{a} {third} the {thing}" into the past perfect with "already".',
+        'the past perfect puts "had" in front: "{a} had already started {going} the {thing}."',
+        _verb,
+    ),
+    Template(
+        "compound",
+        'Which words are in the compound "{place} {thing}"?',
+        'the compound "{place} {thing}" joins two nouns, of which the last, "{thing}", decides the meaning.',
+    ),
 )

@@ -55,6 +55,16 @@ def _clock(rng: Random, _: Slots) -> Slots:
     return {"start": start, "hours": hours, "end": start + hours}
 
 
+def _square(rng: Random, _: Slots) -> Slots:
+    side = rng.randint(3, 15)
+    return {"side": side, "area": side * side}
+
+
+def _pack(rng: Random, _: Slots) -> Slots:
+    price, count = rng.randint(2, 12), rng.randint(2, 9)
+    return {"price": price, "count": count, "cost": price * count, "paid": price * count + 5}
+
+
 TRAIN = (
     Template(
         "boxes",
@@ -180,5 +190,22 @@ TEST = (
         "converse",
         "All the {things} are {colour}, and this is {colour}. Is it one of the {things}?",
         "other objects may be {colour} too, so from the colour alone it does not follow that this is one of them.",
+    ),
+    Template(
+        "square",
+        "The {things} form a square with {side} on each side. How many are there?",
+        "a square of {side} by {side} holds {area}, hence {area} {things} are needed to fill it.",
+        _square,
+    ),
+    Template(
+        "change",
+        "{a} buys {count} {things} for {price} coins each and pays with {paid}. What does {a_he} get back?",
+        "{count} times {price} comes to {cost}, and {paid} less {cost} gives {a} 5 coins back.",
+        _pack,
+    ),
+    Template(
+        "contrapositive",
+        "Whenever {a} takes the {thing}, {b} is in the {place}. {b} is not in the {place}. What follows?",
+        "had {a} taken the {thing}, then {b} would be in the {place}, which is false, hence {a} did not take it.",
     ),
 )

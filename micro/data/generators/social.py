@@ -113,4 +113,19 @@ TEST = (
         "{a} has nothing in the {box}, yet {a_he} smiles at {b}. What is the intention of {a}?",
         "{a} intends to fool {b}, who is supposed to feel certain that there is something valuable inside.",
     ),
+    Template(
+        "homesick",
+        "{a} holds the {thing} from home and sighs. What is wrong?",
+        "{a} misses the people at home, and the {thing} reminds {a_him} of how much {a_he} longs for them.",
+    ),
+    Template(
+        "encourage",
+        "{b} doubts that {b_he} can carry {k} {things} to the {elsewhere}. What does {a} say?",
+        "{a} encourages {b} and assures {b_him} that nobody would mind if {b_he} failed.",
+    ),
+    Template(
+        "regret",
+        "{a} shouted at {b} about the {colour} {thing}. What does {a_he} think at night?",
+        "{a} regrets the quarrel and imagines how unfairly treated {b} must have felt.",
+    ),
 )

@@ -193,6 +193,27 @@ _SPEED = _rows(
     light | empty space | 300,000 kilometres
     """,
 )
+_GAS = _rows(
+    "gas share purpose",
+    """
+    nitrogen | most of the air | to cool and to make fertiliser
+    oxygen | a fifth of the air | in welding and in hospitals
+    argon | about one per cent of the air | to fill lamps
+    helium | much of the sun | to lift balloons
+    carbon dioxide | a tiny part of the air | to make drinks fizzy
+    """,
+)
+_NATION = _rows(
+    "nation tongue neighbour",
+    """
+    Brazil | Portuguese | Argentina
+    Austria | German | Hungary
+    Portugal | Portuguese | Spain
+    Colombia | Spanish | Brazil
+    Iraq | Arabic | Iran
+    Belarus | Russian | Poland
+    """,
+)
 
 TRAIN = (
     Template(
@@ -288,5 +309,17 @@ TEST = (
         "recycling",
         "What becomes of {others} and {things} in the rubbish?",
         "metal and paper are melted or pulped again, while much plastic is burnt or buried.",
+    ),
+    Template("gas", "Which gas is meant by {gas}?", "{gas} makes up {share} and is used {purpose}.", _GAS),
+    Template(
+        "language",
+        "{a} moves to {nation} on {day}. What is spoken there?",
+        "most inhabitants of {nation} speak {tongue}, and the land borders on {neighbour}.",
+        _NATION,
+    ),
+    Template(
+        "echo",
+        "Why does one hear an echo in the empty {place}?",
+        "hard bare walls throw sound waves back, whereas {things} and curtains would swallow part of them.",
     ),
 )
