@@ -53,7 +53,11 @@ class Action:
 
 
 def read(point: Point, *, keep_graph: bool = False, **where: Any) -> Action:
-    """Keep the rows: ``run[name]`` is a :class:`Reading`. ``keep_graph=True`` does not detach them."""
+    """Keep the rows: ``run[name]`` is a :class:`Reading`. ``keep_graph=True`` does not detach them, and the layer goes
+    on from them (:meth:`Session.parts`); it takes whole rows only.
+    """
+    if keep_graph and (where.get("heads") is not None or where.get("units") is not None):
+        raise ValueError("read: keep_graph=True takes whole rows; do not give heads or units")
     return Action("read", point, keep_graph=keep_graph, **where)
 
 

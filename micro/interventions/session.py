@@ -58,6 +58,14 @@ class Session:
             raise TypeError(f"{name!r} names moments, not a reading")
         return found
 
+    def parts(self, name: str) -> list[Reading]:
+        """What a ``read`` saw, one reading per call and layer; with ``keep_graph`` the layer went on from their values,
+        so that ``torch.autograd.grad`` finds them.
+        """
+        if self._names.get(name) not in self._readings:
+            raise KeyError(f"no read named {name!r}; there are {sorted(self._names)}")
+        return self._readings[self._names[name]]
+
     def moments(self, name: str | int) -> Moments:
         """As ``session[name]``, of ``moments``."""
         found = self[name]
@@ -159,8 +167,12 @@ class LayerHooks:
         for number, bound in actions:
             wanted = apply.selected(bound.action, rows, self.call)
             if bound.action.kind == "read":
-                values = x if bound.action.keep_graph else x.detach()
-                self.session.keep(number, apply.reading(bound, self.layer, rows, wanted, values, self.call))
+                if not bound.action.keep_graph:
+                    seen = apply.reading(bound, self.layer, rows, wanted, x.detach(), self.call)
+                else:
+                    seen = apply.reading(bound, self.layer, rows, wanted, x, self.call)
+                    x = x.index_copy(0, wanted.nonzero()[:, 0], seen.values)
+                self.session.keep(number, seen)
             elif bound.action.kind == "moments":
                 apply.count(self.session.count(number), self.layer, rows, wanted, x.detach())
             else:

@@ -207,6 +207,20 @@ def test_gates_have_the_gradient_of_finite_differences(model, ids):
         torch.testing.assert_close(gates.grad[at], slope, rtol=1e-5, atol=1e-8)
 
 
+def test_the_gradient_of_what_was_read_predicts_a_small_shift(model, ids):
+    def loss(*actions):
+        with model.intervene(*actions) as run:
+            return model(ids, labels=ids).loss, run
+
+    value, run = loss(iv.read("ffn", layers=0, keep_graph=True))
+    (part,) = run.parts("ffn")
+    (gradient,) = torch.autograd.grad(value, part.values)
+    step = torch.randn(32, dtype=torch.float64) * 1e-6
+    up, down = (loss(iv.shift("ffn", sign * step, layers=0))[0] for sign in (1, -1))
+    torch.testing.assert_close((up - down) / 2, (gradient @ step).sum(), rtol=1e-5, atol=1e-12)
+    assert torch.equal(value, model(ids, labels=ids).loss)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
