@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from micro.errors import require
 from micro.experts import DISPLAY_ORDER, NAMES
 from micro.report.palette import display_order, expert_colours
 
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 GREY = "#5f6368"
 
 
-def _figure(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
+def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of ``width`` x ``height`` inches and its panels in reading order, in the style of all reports.
 
+    ``options`` go to :meth:`matplotlib.figure.Figure.subplots` (``sharey=True``, say).
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    Figure = require("matplotlib.figure", "viz", "a figure").Figure
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9, colors=GREY)
@@ -90,7 +97,7 @@ def accuracy_panel(ax: Axes, reports: Mapping[str, RoutingReport]) -> None:
 def routing_figure(report: RoutingReport) -> Figure:
     """Usage per layer and, where there are labels, the confusion of label and route."""
     panels = 1 if report.confusion is None else 2
-    figure, axes = _figure(6.2 * panels, 3.8, panels)
+    figure, axes = new_figure(6.2 * panels, 3.8, panels)
     usage_panel(axes[0], report)
     if report.confusion is not None:
         confusion_panel(axes[1], report)
@@ -99,7 +106,7 @@ def routing_figure(report: RoutingReport) -> Figure:
 
 def accuracy_figure(reports: Mapping[str, RoutingReport]) -> Figure:
     """Routing accuracy per layer of a model and its controls."""
-    figure, axes = _figure(6.6, 3.6)
+    figure, axes = new_figure(6.6, 3.6)
     accuracy_panel(axes[0], reports)
     return figure
 
@@ -111,7 +118,7 @@ def ablation_figure(report: AblationReport) -> Figure:
     columns.sort(key=lambda c: rank.get(report.conditions[c], len(rank)))
     rows = sorted(range(len(report.rows)), key=lambda r: rank.get(report.rows[r], len(rank)))
     values = np.asarray(report.rise)[np.ix_(rows, columns)]
-    figure, axes = _figure(1.6 + 1.2 * len(columns), 1.4 + 0.62 * len(rows))
+    figure, axes = new_figure(1.6 + 1.2 * len(columns), 1.4 + 0.62 * len(rows))
     names = [report.rows[r] for r in rows], [report.conditions[c] for c in columns]
     _heat_map(axes[0], values, *names, vmax=max(float(np.abs(values).max()), 1e-9), text="{:+.2f}", symmetric=True)
     axes[0].set(xlabel="ablated", ylabel="domain of the tokens", title="Rise of the loss, nats per token")
@@ -121,7 +128,7 @@ def ablation_figure(report: AblationReport) -> Figure:
 def loss_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss against step, one panel per stage. ``metrics``: lines of metrics.jsonl with stage, step, loss."""
     stages = list(dict.fromkeys(str(m["stage"]) for m in metrics))
-    figure, axes = _figure(4.0 * max(len(stages), 1), 3.2, max(len(stages), 1))
+    figure, axes = new_figure(4.0 * max(len(stages), 1), 3.2, max(len(stages), 1))
     for ax, stage in zip(axes, stages, strict=False):
         lines = [m for m in metrics if str(m["stage"]) == stage and m.get("loss") is not None]
         ax.plot([m["step"] for m in lines], [m["loss"] for m in lines], color="black", linewidth=1.4)
