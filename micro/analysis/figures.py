@@ -55,11 +55,11 @@ def confusion_panel(ax: Axes, report: RoutingReport) -> None:
     order = display_order(report.experts)
     values = np.mean(report.confusion or [], axis=0)[np.ix_(order, order)]
     names = [report.experts[e] for e in order]
-    _heat_map(ax, values, names, names, vmax=1.0, text="{:.2f}")
+    heat_map(ax, values, names, names, vmax=1.0, text="{:.2f}")
     ax.set(xlabel="routed to", ylabel="label", title="Label and route, mean over layers")
 
 
-def _heat_map(
+def heat_map(
     ax: Axes,
     values: Any,
     rows: Sequence[str],
@@ -69,6 +69,7 @@ def _heat_map(
     text: str,
     symmetric: bool = False,
 ) -> None:
+    """Numbers on coloured cells, grey from 0 to ``vmax`` or, ``symmetric``, blue to red around 0."""
     colours, low = ("RdBu_r", -vmax) if symmetric else ("Greys", 0.0)
     ax.imshow(values, cmap=colours, vmin=low, vmax=vmax, aspect="auto")
     ax.set_xticks(range(len(columns)), columns)
@@ -120,7 +121,7 @@ def ablation_figure(report: AblationReport) -> Figure:
     values = np.asarray(report.rise)[np.ix_(rows, columns)]
     figure, axes = new_figure(1.6 + 1.2 * len(columns), 1.4 + 0.62 * len(rows))
     names = [report.rows[r] for r in rows], [report.conditions[c] for c in columns]
-    _heat_map(axes[0], values, *names, vmax=max(float(np.abs(values).max()), 1e-9), text="{:+.2f}", symmetric=True)
+    heat_map(axes[0], values, *names, vmax=max(float(np.abs(values).max()), 1e-9), text="{:+.2f}", symmetric=True)
     axes[0].set(xlabel="ablated", ylabel="domain of the tokens", title="Rise of the loss, nats per token")
     return figure
 

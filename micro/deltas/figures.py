@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, _heat_map, new_figure
+from micro.analysis.figures import GREY, heat_map, new_figure
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def deltas_figure(report: DeltaReport) -> Figure:
     _cosine_panel(axes[1], report, layers, order)
     names = [report.experts[e] for e in order]
     values = np.asarray(report.overall["cosine"])[np.ix_(order, order)]
-    _heat_map(axes[2], values, names, names, vmax=1.0, text="{:+.2f}", symmetric=True)
+    heat_map(axes[2], values, names, names, vmax=1.0, text="{:+.2f}", symmetric=True)
     axes[2].set(title="Cosine of deltas, all weights")
     return figure
 
