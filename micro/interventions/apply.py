@@ -88,6 +88,9 @@ def changed(bound: BoundAction, layer: int, rows: Rows, wanted: Tensor, x: Tenso
     columns = bound.columns_of(layer)
     if columns is not None:
         touched = touched & columns[experts]
+        wanted = touched.any(-1)
+    if not bool(wanted.any()):
+        return x
     return torch.where(touched, _new(bound, layer, rows, wanted, x, call), x)
 
 
