@@ -1,0 +1,67 @@
+"""Figures of localizers and lesions, drawn from saved numbers only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from micro.analysis.figures import GREY, new_figure
+from micro.report.palette import display_order, expert_colours
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from micro.analysis.localizers.result import LesionResult, LocalizerResult
+
+COLUMNS = 4  # panels in one row
+
+
+def localizer_figure(result: LocalizerResult) -> Figure:
+    """Share of each cell's units that are selected: a panel per expert, layers from left to right, chance in grey."""
+    rate, chance = 100 * np.asarray(result.rate), 100 * np.asarray(result.rate_random)
+    counts = np.asarray(result.counts).sum(0)
+    layers = np.arange(len(rate))
+    order = display_order(result.experts)
+    columns = min(len(order), COLUMNS)
+    rows = -(-len(order) // columns)
+    figure, axes = new_figure(2.7 * columns + 0.7, 2.5 * rows + 0.5, columns, rows=rows, sharex=True, sharey=True)
+    colours = expert_colours(result.experts)
+    expected = 100 * result.selected / result.units
+    for ax, e in zip(axes, order, strict=False):
+        edges = np.append(layers - 0.5, len(layers) - 0.5)
+        ax.stairs(chance[:, e, 1], edges, baseline=chance[:, e, 0], fill=True, color="#bdc1c6", alpha=0.6, zorder=3)
+        ax.bar(layers, rate[:, e], width=0.86, color=colours[e], zorder=2)
+        ax.axhline(expected, color=GREY, linewidth=1, linestyle="--", zorder=4)
+        share = 100 * result.share[e]
+        ax.set_title(f"{result.experts[e]}: {counts[e]:,} units, {share:.0f} %", fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[len(order) :]:
+        ax.set_visible(False)
+    for ax in axes[::columns]:
+        ax.set_ylabel("selected, % of the cell's units", fontsize=9)
+    for ax in axes[max(0, len(order) - columns) : len(order)]:
+        ax.set_xlabel("layer", fontsize=9)
+    top = f"top {100 * result.selected / result.units:.3g} % of {result.units:,} units ({result.unit})"
+    name = result.localizer.replace("_", " ")
+    figure.suptitle(f"{name} localizer, {top}; grey: 95 % of random masks, dashed: their mean", fontsize=10)
+    return figure
+
+
+def lesion_figure(result: LesionResult) -> Figure:
+    """Harm of the lesion (mark) among those of the random masks (dots), a line per row."""
+    figure, axes = new_figure(6.4, 1.4 + 0.55 * len(result.rows))
+    ax = axes[0]
+    heights = np.arange(len(result.rows))[::-1]
+    for height, harm, random in zip(heights, result.harm, result.random, strict=True):
+        jitter = np.linspace(-0.18, 0.18, len(random)) if len(random) > 1 else np.zeros(1)
+        first = height == heights[0]
+        ax.scatter(random, height + jitter, s=14, color="#9aa0a6", label="random units" if first else None)
+        ax.scatter([harm], [height], s=70, marker="D", color="#c5221f", zorder=3, label="lesion" if first else None)
+    ax.axvline(0, color=GREY, linewidth=1)
+    ax.set_yticks(heights, result.rows)
+    ax.set(ylim=(-0.6, len(heights) - 0.4), xlabel=f"harm, {result.scale}")
+    title = f"Lesion of {result.selected:,} of {result.units:,} units, {len(result.random[0])} random masks"
+    ax.set_title(title, fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
