@@ -1,20 +1,29 @@
-"""Who is routed where: usage, entropies, and agreement with labels where the data carry them."""
+"""Who is routed where: usage, entropies, flow through the layers, and agreement with labels where there are any."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from micro.analysis.batches import IGNORED, batches, encoded, shifted
-from micro.analysis.counting import counted_layers, entropy
+from micro.analysis.counting import counted_layers
 from micro.analysis.result import Result
-from micro.analysis.statistics import Array, bootstrap, ratio
-from micro.progress import track
+from micro.analysis.routing_pass import (
+    MAX_SAMPLES,
+    POSITIONS,
+    SAMPLE_SEED,
+    Positions,
+    SampleCounts,
+    drawn_samples,
+    experts_per_token,
+    labels_of,
+    traces,
+)
+from micro.analysis.routing_summary import accuracy_numbers, groups_of, usage_numbers
+from micro.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,14 +32,25 @@ if TYPE_CHECKING:
     from micro.data import Record
     from micro.modeling import MiCRoForCausalLM
 
+DRAWS = 2000
+
 
 @dataclass
 class RoutingReport(Result):
-    """Routing of one model on one set of texts.
+    """Routing of one model on one set of samples. L layers, E experts; shares lie in 0..1, entropies are in nats.
 
-    ``usage`` is the mean over samples of the share of tokens whose first choice is the expert, over the counted layers;
-    ``accuracy`` is the share of answer tokens routed to the expert of their label, balanced over labels and averaged
-    over all layers; intervals are 95 % bootstrap intervals over records.
+    ``usage`` [E]: mean over samples of the share of counted slots whose first choice is the expert, over the counted
+    layers (all but the first two and the last two, where there are more than four); with K != 1 the mean probability.
+    ``usage_by_layer`` [L][E]: the same for every layer. ``decision_entropy`` [L]: mean of -sum p log p over slots;
+    ``usage_entropy`` [L]: entropy of the mean p; their difference is the mutual information of token and expert.
+    ``load_share`` [L][E]: share of all choices (K per slot), slots pooled; ``load_variation`` [L]: its coefficient of
+    variation over experts. ``transitions`` [L-1][E][E]: share of slots with first choice e in a layer and f in
+    the next; ``together`` [L][L]: share of slots with the same first choice in both layers, ``together_chance``: what
+    the usage of both layers gives by chance. ``by_group``, ``by_label``: usage for groups of samples, and for answer
+    tokens of each label.
+    ``accuracy``: share of answer tokens routed to the expert of their label, balanced over labels, mean over all
+    layers; ``relabelling_p``: its rank among all assignments of experts to labels. Intervals [low, high] are 95 %
+    bootstrap intervals over samples.
     """
 
     name: ClassVar[str] = "routing"
@@ -42,14 +62,29 @@ class RoutingReport(Result):
     usage: list[float]
     usage_interval: list[list[float]]
     usage_by_layer: list[list[float]]
+    usage_by_layer_interval: list[list[list[float]]]
     decision_entropy: list[float]
+    decision_entropy_interval: list[list[float]]
     usage_entropy: list[float]
+    usage_entropy_interval: list[list[float]]
+    mutual_information_interval: list[list[float]]
+    load_share: list[list[float]]
+    load_variation: list[float]
+    load_variation_interval: list[list[float]]
+    transitions: list[list[list[float]]]
+    together: list[list[float]]
+    together_chance: list[list[float]]
+    by_group: list[dict[str, Any]] = field(default_factory=list)
+    by_label: list[dict[str, Any]] = field(default_factory=list)
     labelled_tokens: list[int] | None = None
     confusion: list[list[list[float]]] | None = None
     accuracy: float | None = None
     accuracy_interval: list[float] | None = None
     accuracy_by_layer: list[float] | None = None
+    accuracy_by_layer_interval: list[list[float]] | None = None
+    relabelling_p: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    counts: SampleCounts | None = field(default=None, compare=False, repr=False)
 
     @property
     def best_layer(self) -> int | None:
@@ -61,14 +96,37 @@ class RoutingReport(Result):
         """Usage entropy minus decision entropy per layer, in nats; 0 for a router that ignores its input."""
         return [u - d for u, d in zip(self.usage_entropy, self.decision_entropy, strict=True)]
 
+    @property
+    def utilisation(self) -> list[list[float]]:
+        """Load over fair share, [L][E]: 1 is fair, 0 is dead."""
+        ratios: list[list[float]] = (np.asarray(self.load_share) * len(self.experts)).tolist()
+        return ratios
+
+    @property
+    def dead_cells(self) -> list[tuple[int, str]]:
+        """(layer, expert) that no slot chose."""
+        return [(int(l), self.experts[e]) for l, e in np.argwhere(np.asarray(self.load_share) == 0)]
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> RoutingReport:
         return cls(**content)
 
+    def save(self, folder: str | Path) -> None:
+        """``routing.json`` and ``.csv``, ``routing_layers.csv``, ``routing_groups.csv`` where there are groups or
+        labels, and the counts per sample as ``routing.npz``.
+        """
+        super().save(folder)
+        write_text(Path(folder) / "routing_layers.csv", self.layer_table().to_csv(index=False))
+        if self.by_group or self.by_label:
+            write_text(Path(folder) / "routing_groups.csv", self.group_table().to_csv(index=False))
+        if self.counts is not None:
+            self.counts.save(Path(folder) / "routing.npz")
+
     def table(self) -> pd.DataFrame:
+        """One line per expert: usage, its interval, utilisation over the counted layers, routes of each label."""
         import pandas as pd
 
         rows: dict[str, list[Any]] = {
@@ -76,6 +134,7 @@ class RoutingReport(Result):
             "usage": self.usage,
             "low": [low for low, _ in self.usage_interval],
             "high": [high for _, high in self.usage_interval],
+            "utilisation": np.asarray(self.utilisation)[self.layers_counted].mean(0).tolist(),
         }
         if self.confusion is not None:
             mean = np.mean(self.confusion, axis=0)
@@ -83,173 +142,170 @@ class RoutingReport(Result):
                 rows[f"routed to {expert}"] = [float(mean[label, e]) for label in range(len(self.experts))]
         return pd.DataFrame(rows)
 
+    def layer_table(self) -> pd.DataFrame:
+        """One line per layer: usage and utilisation of each expert, entropies, load variation, dead experts."""
+        import pandas as pd
+
+        layers = len(self.usage_by_layer)
+        columns: dict[str, Any] = {
+            "layer": list(range(layers)),
+            "counted": [l in self.layers_counted for l in range(layers)],
+        }
+        for e, expert in enumerate(self.experts):
+            columns[f"usage {expert}"] = [row[e] for row in self.usage_by_layer]
+            columns[f"usage {expert} low"] = [row[e][0] for row in self.usage_by_layer_interval]
+            columns[f"usage {expert} high"] = [row[e][1] for row in self.usage_by_layer_interval]
+            columns[f"utilisation {expert}"] = [row[e] for row in self.utilisation]
+        columns["decision_entropy"] = self.decision_entropy
+        columns["usage_entropy"] = self.usage_entropy
+        columns["mutual_information"] = self.mutual_information
+        columns["decision_entropy_of_log_E"] = (
+            np.asarray(self.decision_entropy) / np.log(max(len(self.experts), 2))
+        ).tolist()
+        columns["load_variation"] = self.load_variation
+        dead = self.dead_cells
+        columns["dead_experts"] = [sum(l == layer for l, _ in dead) for layer in range(layers)]
+        if self.accuracy_by_layer is not None:
+            columns["accuracy"] = self.accuracy_by_layer
+        return pd.DataFrame(columns)
+
+    def group_table(self) -> pd.DataFrame:
+        """One line per group (or label) and expert: usage with interval, beside chance."""
+        import pandas as pd
+
+        lines = [
+            {
+                "by": by,
+                "group": group["name"],
+                "samples": group["samples"],
+                "tokens": group["tokens"],
+                "expert": expert,
+                "usage": group["usage"][e],
+                "low": group["interval"][e][0],
+                "high": group["interval"][e][1],
+                "chance": 1 / len(self.experts),
+            }
+            for by, groups in (("group", self.by_group), ("label", self.by_label))
+            for group in groups
+            for e, expert in enumerate(self.experts)
+        ]
+        return pd.DataFrame(lines)
+
     def plot(self) -> Figure:
         from micro.analysis.figures import routing_figure
 
         return routing_figure(self)
 
     def __str__(self) -> str:
-        lines = [super().__str__(), f"{self.samples} samples, {self.tokens} tokens"]
+        shown = f"layers {_ranges(self.layers_counted)} of {len(self.usage_by_layer)}"
+        lines = [super().__str__(), f"{self.samples} samples, {self.tokens} tokens, usage over {shown}"]
+        if self.dead_cells:
+            lines.append(f"dead cells (layer, expert): {len(self.dead_cells)} of {np.size(self.load_share)}")
         if self.accuracy is not None and self.accuracy_interval is not None and self.accuracy_by_layer is not None:
             low, high = self.accuracy_interval
-            best = self.best_layer
             lines.append(
                 f"routing accuracy {self.accuracy:.3f} [{low:.3f}, {high:.3f}], "
-                f"best layer {best} with {max(self.accuracy_by_layer):.3f}"
+                f"best layer {self.best_layer} with {max(self.accuracy_by_layer):.3f}"
             )
+            if self.relabelling_p is not None:
+                lines.append(f"p = {self.relabelling_p:.3f} among all assignments of experts to labels")
         return "\n".join(lines)
 
 
-@dataclass
-class _Counts:
-    """Per record: usage [R,L,E], sum of entropies [R,L], sum of probabilities [R,L,E], confusion [R,L,label,E]."""
-
-    usage: Array
-    entropies: Array
-    mass: Array
-    confusion: Array
-
-    @classmethod
-    def zeros(cls, records: int, layers: int, experts: int) -> _Counts:
-        return cls(
-            np.zeros((records, layers, experts)),
-            np.zeros((records, layers)),
-            np.zeros((records, layers, experts)),
-            np.zeros((records, layers, experts, experts)),
-        )
-
-    def add(self, records: Sequence[int], trace: Any, predicting: Tensor, answer: Tensor, labels: Tensor) -> None:
-        """predicting, answer: bool [B,S]; labels: int64 [B,S]."""
-        experts = self.usage.shape[-1]
-        probs = trace.probs.double().cpu()
-        chosen = torch.nn.functional.one_hot(probs.argmax(-1), experts).double()  # [L,B,S,E]
-        expected = torch.nn.functional.one_hot(labels.clamp(min=0), experts).double()
-        m = predicting.double()
-        usage = torch.einsum("lbse,bs->ble", chosen, m)
-        h = -torch.special.xlogy(probs, probs).sum(-1)
-        self.usage[records] += usage.numpy()
-        self.entropies[records] += torch.einsum("lbs,bs->bl", h, m).numpy()
-        self.mass[records] += torch.einsum("lbse,bs->ble", probs, m).numpy()
-        self.confusion[records] += torch.einsum("lbse,bsk,bs->blke", chosen, expected, answer.double()).numpy()
+def _ranges(layers: Sequence[int]) -> str:
+    return f"{layers[0]}..{layers[-1]}" if len(layers) > 1 else ", ".join(map(str, layers))
 
 
-@torch.no_grad()
 def routing(
     model: MiCRoForCausalLM,
     tokenizer: Any,
-    data: Sequence[str] | Sequence[Record],
+    data: Sequence[str] | Sequence[tuple[str, str]] | Sequence[Record],
     *,
-    controls: dict[str, Any] | None = None,
-    encode_options: dict[str, Any] | None = None,
+    groups: Sequence[str] | None = None,
+    positions: Positions = "published",
+    controls: Mapping[str, Any] | None = None,
+    encode_options: Mapping[str, Any] | None = None,
+    max_samples: int | None = MAX_SAMPLES,
+    sample_seed: int = SAMPLE_SEED,
     max_tokens: int = 2048,
+    draws: int = DRAWS,
     seed: int = 0,
     progress: bool = False,
 ) -> RoutingReport:
-    """Teacher-forced routing of texts or labelled records.
+    """Teacher-forced routing of texts, (prompt, answer) pairs of plain text, or labelled records.
 
     Args:
         model: a MiCRo model of either kind.
         tokenizer: its tokenizer.
-        data: plain texts (no chat template) or records; with records, answer tokens count and labels are compared.
+        data: one kind only. Texts count from their first slot, pairs from the last token of their prompt, records
+            (rendered by the chat template) as ``positions`` says.
+        groups: a name per item of ``data``, for usage by group; the records' data sets if not given.
+        positions: of records. "published": from the last token of the prompt, the template of all turns but the last
+            without generation prompt, to the last token but one, so that the answer's header counts as answer.
+            "answer": the slots that predict a trained answer token.
         controls: steering arguments of the forward passes.
         encode_options: passed to :func:`micro.data.encode`.
+        max_samples: more than these are thinned out at random; None keeps all.
+        sample_seed: of that draw.
         max_tokens: slots per batch.
+        draws: of the bootstrap over samples.
         seed: of the bootstrap.
         progress: show a bar on stderr.
 
     Returns:
-        A :class:`RoutingReport`.
+        A :class:`RoutingReport`; its ``counts`` hold the numbers of every sample.
 
     Raises:
-        ValueError: no data, or nothing left after encoding.
+        ValueError: no data, mixed kinds, as many groups as items are not given, or nothing left after encoding.
 
-    Source: MiCRo, routing analyses; intervals by bootstrap over records.
+    Source: MiCRo, routing analyses (1,000 samples, layer exclusion); intervals by bootstrap over samples. Usage is not
+    importance: only ablations say what an expert does.
     """
-    if not data:
-        raise ValueError("analysis.routing: data is empty; give texts or records")
-    rows, labelled = _rows(data, tokenizer, encode_options or {})
-    experts = model.config.num_experts
-    counts = _Counts.zeros(len(data), model.config.num_hidden_layers, experts)
-    work = list(batches(rows, tokenizer, max_tokens=max_tokens))
-    was_training = model.training
-    model.train(False)
-    try:
-        for records, batch in track(work, "routing", unit="batches", enabled=progress):
-            trace = model.model(
-                input_ids=batch["input_ids"].to(model.device),
-                attention_mask=batch["attention_mask"].to(model.device),
-                use_cache=False,
-                output_routing=True,
-                **(controls or {}),
-            ).routing
-            predicting = shifted(batch["labels"]) != IGNORED
-            answer = (batch["labels"] != IGNORED) & labelled
-            labels = batch["routing_labels"] if "routing_labels" in batch else torch.zeros_like(batch["input_ids"])
-            counts.add(records, trace, predicting, answer, labels)
-    finally:
-        model.train(was_training)
-    return _summary(counts, list(model.config.expert_names or ()), labelled=labelled, seed=seed)
-
-
-def _rows(data: Sequence[Any], tokenizer: Any, options: dict[str, Any]) -> tuple[list[Any], bool]:
-    if not isinstance(data[0], str):
-        rows = encoded(data, tokenizer, **options)
-        if not rows:
-            raise ValueError(f"analysis.routing: none of the {len(data)} records could be encoded")
-        return rows, True
-    out = []
-    for i, text in enumerate(data):
-        ids = tokenizer(text)["input_ids"]
-        if len(ids) > 1:
-            out.append((i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}))
-    if not out:
-        raise ValueError("analysis.routing: every text has fewer than two tokens")
-    return out, False
-
-
-def _balanced(confusion: Array) -> Array:
-    """[..., label, E] counts -> share on the diagonal, averaged over labels that occur."""
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    with np.errstate(invalid="ignore"):
-        result: Array = np.nanmean(ratio(hits, confusion.sum(-1)), axis=-1)
-    return result
-
-
-def _summary(counts: _Counts, experts: list[str], *, labelled: bool, seed: int) -> RoutingReport:
-    layers = counts.usage.shape[1]
-    kept = counted_layers(layers)
-    counted = counts.usage[:, kept].sum(1)
-    present = counted.sum(-1) > 0
-    per_sample = ratio(counted[present], counted[present].sum(-1, keepdims=True))
-    low, high = bootstrap(len(per_sample), lambda w: (w @ per_sample) / w.sum(), seed=seed)
-    totals = np.maximum(counts.usage.sum((0, 2)), 1)
-    mean_probability = counts.mass.sum(0) / totals[:, None]
-    report = RoutingReport(
-        experts=experts,
-        samples=int(present.sum()),
-        tokens=int(counts.usage[:, 0].sum()),
-        layers_counted=kept,
-        usage=per_sample.mean(0).tolist(),
-        usage_interval=np.stack([low, high], -1).tolist(),
-        usage_by_layer=(counts.usage.sum(0) / totals[:, None]).tolist(),
-        decision_entropy=(counts.entropies.sum(0) / totals).tolist(),
-        usage_entropy=entropy(mean_probability).tolist(),
-        settings={"positions": "those that predict an answer token", "bootstrap_draws": 2000, "seed": seed},
+    names = _group_names(data, groups)
+    samples = drawn_samples(
+        data,
+        tokenizer,
+        what="analysis.routing",
+        positions=positions,
+        max_samples=max_samples,
+        sample_seed=sample_seed,
+        options=encode_options,
     )
-    if labelled:
-        _add_accuracy(report, counts.confusion, seed)
+    config = model.config
+    counts = SampleCounts.zeros(len(samples.data), config.num_hidden_layers, config.num_experts)
+    passes = traces(model, samples, tokenizer, controls=controls, max_tokens=max_tokens, progress=progress)
+    for indices, batch, trace, counted in passes:
+        counts.add(indices, trace, counted, labels_of(batch) if samples.labelled else None)
+    k = experts_per_token(model, controls)
+    settings = {
+        "positions": POSITIONS[positions] if samples.labelled else POSITIONS["published"],
+        "experts_per_token": k,
+        "usage": "first choices" if k == 1 else "mean probabilities",
+        "layers_excluded": [
+            l for l in range(config.num_hidden_layers) if l not in counted_layers(config.num_hidden_layers)
+        ],
+        "samples_given": len(data),
+        "max_samples": max_samples,
+        "sample_seed": sample_seed,
+        "interval": "95 % bootstrap over samples",
+        "bootstrap_draws": draws,
+        "seed": seed,
+    }
+    report = RoutingReport(
+        list(config.expert_names or ()), settings=settings, counts=counts, **usage_numbers(counts, k, draws, seed)
+    )
+    if names:
+        report.by_group = groups_of(counts, [names[i] for i in samples.drawn], k, draws, seed)
+    if samples.labelled:
+        for name, value in accuracy_numbers(counts, report.experts, draws, seed).items():
+            setattr(report, name, value)
     return report
 
 
-def _add_accuracy(report: RoutingReport, confusion: Array, seed: int) -> None:
-    total = confusion.sum(0)  # [L,label,E]
-    flat = confusion.reshape(len(confusion), -1)
-    low, high = bootstrap(
-        len(confusion), lambda w: np.asarray(_balanced((w @ flat).reshape(total.shape)).mean()), seed=seed
-    )
-    by_layer = _balanced(total)
-    report.labelled_tokens = total[0].sum(-1).astype(int).tolist()
-    report.confusion = np.nan_to_num(ratio(total, total.sum(-1, keepdims=True))).tolist()
-    report.accuracy = float(by_layer.mean())
-    report.accuracy_interval = [float(low), float(high)]
-    report.accuracy_by_layer = by_layer.tolist()
+def _group_names(data: Sequence[Any], groups: Sequence[str] | None) -> list[str] | None:
+    if groups is None:
+        found = [getattr(item, "dataset", None) for item in data]
+        return [name or "unnamed" for name in found] if any(found) else None
+    if len(groups) != len(data):
+        raise ValueError(f"analysis.routing: groups holds {len(groups)} names for {len(data)} items; give one for each")
+    return [str(name) for name in groups]

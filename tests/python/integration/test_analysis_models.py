@@ -137,7 +137,7 @@ def test_the_commands_write_what_report_joins(different, tokenizer, records, tmp
     assert cli.run(["report", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Routing: route" in page and "Ablation: ablate" in page
-    assert {p.suffix for p in (tmp_path / "out" / "route").iterdir()} == {".json", ".csv", ".png", ".svg", ".html"}
+    assert {p.suffix for p in (tmp_path / "out" / "route").iterdir()} == {".json", ".csv", ".npz", ".png", ".svg", ".html"}
 
 
 def test_bad_input_of_the_commands_is_one_line_and_status_2(tmp_path, capsys):

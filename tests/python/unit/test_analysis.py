@@ -55,12 +55,38 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 
 
 def routing_report():
-    even = np.full((6, 4), 0.25).tolist()
     confusion = np.broadcast_to(0.4 * np.eye(4) + 0.15, (6, 4, 4)).tolist()
+    group = {"name": "sums", "samples": 3, "tokens": 90, "usage": [0.25] * 4, "interval": [[0.2, 0.3]] * 4}
     return RoutingReport(
-        list(NAMES), 3, 90, [2, 3], [0.25] * 4, [[0.2, 0.3]] * 4, even, [1.0] * 6, [1.2] * 6, [9] * 4, confusion,
-        0.55, [0.5, 0.6], [0.55, 0.6, 0.5, 0.5, 0.5, 0.5],
-    )  # fmt: skip
+        experts=list(NAMES),
+        samples=3,
+        tokens=90,
+        layers_counted=[2, 3],
+        usage=[0.25] * 4,
+        usage_interval=[[0.2, 0.3]] * 4,
+        usage_by_layer=[[0.25] * 4] * 6,
+        usage_by_layer_interval=[[[0.2, 0.3]] * 4] * 6,
+        decision_entropy=[1.0] * 6,
+        decision_entropy_interval=[[0.9, 1.1]] * 6,
+        usage_entropy=[1.2] * 6,
+        usage_entropy_interval=[[1.1, 1.3]] * 6,
+        mutual_information_interval=[[0.1, 0.3]] * 6,
+        load_share=[[0.25] * 4] * 5 + [[0.5, 0.5, 0.0, 0.0]],
+        load_variation=[0.0] * 5 + [1.0],
+        load_variation_interval=[[0.0, 0.1]] * 5 + [[1.0, 1.0]],
+        transitions=[[[1 / 16] * 4] * 4] * 5,
+        together=(0.75 * np.eye(6) + 0.25).tolist(),
+        together_chance=[[0.25] * 6] * 6,
+        by_group=[group],
+        by_label=[group | {"name": "logic"}],
+        labelled_tokens=[9] * 4,
+        confusion=confusion,
+        accuracy=0.55,
+        accuracy_interval=[0.5, 0.6],
+        accuracy_by_layer=[0.55, 0.6, 0.5, 0.5, 0.5, 0.5],
+        accuracy_by_layer_interval=[[0.4, 0.7]] * 6,
+        relabelling_p=1 / 24,
+    )
 
 
 def ablation_report():
@@ -89,6 +115,18 @@ def test_best_layer_information_and_verdict():
     assert report.best_layer == 1
     assert report.mutual_information == pytest.approx([0.2] * 6)
     assert ablation_report().own_domain_is_worst == {"logic": True, "social": False}
+
+
+def test_the_routing_report_names_dead_cells_and_fair_shares():
+    report = routing_report()
+    assert report.dead_cells == [(5, "world"), (5, "language")]
+    assert report.utilisation[5] == [2, 2, 0, 0]
+    assert report.table()["utilisation"].tolist() == [1] * 4  # layers 2 and 3
+    layers, groups = report.layer_table(), report.group_table()
+    assert layers["dead_experts"].tolist() == [0] * 5 + [2]
+    assert layers["counted"].tolist() == [False, False, True, True, False, False]
+    assert list(zip(groups["by"], groups["group"], strict=True))[::4] == [("group", "sums"), ("label", "logic")]
+    assert "layers 2..3 of 6" in str(report) and "dead cells (layer, expert): 2 of 24" in str(report)
 
 
 def test_reports_draw_themselves():

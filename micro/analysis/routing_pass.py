@@ -1,0 +1,255 @@
+"""The forward pass of all routing analyses: samples, the slots that count, and counts per sample."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from micro.analysis.batches import IGNORED, batches, encoded, shifted
+from micro.analysis.statistics import Array
+from micro.progress import track
+
+if TYPE_CHECKING:
+    from micro.data import Record
+    from micro.modeling import MiCRoForCausalLM, RoutingTrace
+
+Positions = Literal["published", "answer"]
+MAX_SAMPLES, SAMPLE_SEED = 1000, 42  # the published rule
+POSITIONS = {
+    "published": "from the last prompt token (header of the answer counts as answer) to the last but one token",
+    "answer": "those that predict an answer token",
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Encoded samples: (index into ``data``, features) each, and the first slot that counts.
+
+    ``drawn``: the indices into the data given, ascending; ``labelled``: whether the rows carry routing labels.
+    """
+
+    data: list[Any]
+    drawn: list[int]
+    rows: list[tuple[int, dict[str, list[int]]]]
+    offsets: dict[int, int]
+    labelled: bool
+    positions: Positions
+
+    def counted(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> Tensor:
+        """Bool [B,S]: the slots that count."""
+        if self.positions == "answer" and self.labelled:
+            return shifted(batch["labels"]) != IGNORED
+        slots = torch.arange(batch["input_ids"].shape[1])
+        lengths = batch["attention_mask"].sum(1)
+        first = torch.tensor([self.offsets[i] for i in indices])
+        return (slots >= first[:, None]) & (slots < lengths[:, None] - 1)
+
+
+def drawn_samples(
+    data: Sequence[Any],
+    tokenizer: Any,
+    *,
+    what: str,
+    positions: Positions = "published",
+    max_samples: int | None = MAX_SAMPLES,
+    sample_seed: int = SAMPLE_SEED,
+    options: Mapping[str, Any] | None = None,
+) -> Samples:
+    """Texts, (prompt, answer) pairs or labelled records, at most ``max_samples`` of them, encoded.
+
+    Raises:
+        ValueError: no data, kinds that are mixed, or nothing left after encoding.
+    """
+    if not data:
+        raise ValueError(f"{what}: data is empty; give texts, (prompt, answer) pairs or records")
+    if positions not in POSITIONS:
+        raise ValueError(f"{what}: positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    drawn = list(range(len(data)))
+    if max_samples is not None and len(data) > max_samples:
+        generator = np.random.default_rng(sample_seed)
+        drawn = sorted(generator.choice(len(data), max_samples, replace=False).tolist())
+    kept = [data[i] for i in drawn]
+    if len({_kind(item) for item in kept}) > 1:
+        raise ValueError(f"{what}: data mixes {', '.join(sorted({_kind(i) for i in kept}))}; give one kind")
+    if _kind(kept[0]) == "records":
+        return _records(kept, drawn, tokenizer, what, positions, dict(options or {}))
+    return _texts(kept, drawn, tokenizer, what, positions)
+
+
+def _kind(item: Any) -> str:
+    return "texts" if isinstance(item, str) else "pairs" if isinstance(item, tuple) else "records"
+
+
+def _records(
+    kept: list[Any], drawn: list[int], tokenizer: Any, what: str, positions: Positions, options: dict[str, Any]
+) -> Samples:
+    rows = encoded(kept, tokenizer, **options)
+    if not rows:
+        raise ValueError(f"{what}: none of the {len(kept)} records could be encoded")
+    offsets = {i: _offset(kept[i], row, tokenizer, options) for i, row in rows}
+    return Samples(kept, drawn, rows, offsets, True, positions)
+
+
+def _offset(record: Record, row: dict[str, list[int]], tokenizer: Any, options: Mapping[str, Any]) -> int:
+    """(prompt tokens) - 1, where the prompt is the template of all turns but the last, without generation prompt."""
+    from micro.data.encoding import resolve_options
+    from micro.data.rendering import renderer_for
+
+    chosen = resolve_options(**options)
+    renderer = renderer_for(tokenizer)
+    before = record.messages(long_prompt=chosen.long_prompt)[:-1]
+    text = renderer.apply(before, chosen.template_date)
+    prompt = tokenizer(text, add_special_tokens=chosen.double_bos).input_ids
+    if row["input_ids"][: len(prompt)] == prompt:
+        return len(prompt) - 1
+    # The text of a message looks like a special token, or the template ends a turn otherwise when it is the last one:
+    # then the header's own tokens, which end where the answer begins, are taken off.
+    header = renderer.apply(before, chosen.template_date, prompt=True)[len(text) :]
+    labels = row["labels"]
+    start = max(s for s in range(len(labels)) if labels[s] != IGNORED and (s == 0 or labels[s - 1] == IGNORED))
+    return max(start - len(tokenizer(header, add_special_tokens=False).input_ids) - 1, 0)
+
+
+def _texts(kept: list[Any], drawn: list[int], tokenizer: Any, what: str, positions: Positions) -> Samples:
+    rows, offsets = [], {}
+    for i, item in enumerate(kept):
+        prompt, answer = ("", item) if isinstance(item, str) else item
+        ids = tokenizer(prompt + answer)["input_ids"]
+        first = len(tokenizer(prompt)["input_ids"]) - 1 if prompt else 0
+        if len(ids) - 1 > first:
+            rows.append((i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}))
+            offsets[i] = first
+    if not rows:
+        raise ValueError(f"{what}: every text has fewer than two tokens after its prompt")
+    return Samples(kept, drawn, rows, offsets, False, positions)
+
+
+@torch.no_grad()
+def traces(
+    model: MiCRoForCausalLM,
+    samples: Samples,
+    tokenizer: Any,
+    *,
+    controls: Mapping[str, Any] | None = None,
+    max_tokens: int = 2048,
+    progress: bool = False,
+    description: str = "routing",
+) -> Iterator[tuple[list[int], dict[str, Tensor], RoutingTrace, Tensor]]:
+    """(sample indices, batch, trace, bool [B,S] of counted slots) of every batch, teacher-forced, in eval mode."""
+    work = list(batches(samples.rows, tokenizer, max_tokens=max_tokens))
+    was_training = model.training
+    model.train(False)
+    try:
+        for indices, batch in track(work, description, unit="batches", enabled=progress):
+            trace = model.model(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                use_cache=False,
+                output_routing=True,
+                **(controls or {}),
+            ).routing
+            yield indices, batch, trace, samples.counted(indices, batch)
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class SampleCounts:
+    """What was counted, per sample (N) and layer; the numbers behind every routing table and figure.
+
+    tokens [N]: counted slots; usage [N,L,E]: first choices (float32 probability, ties to the lower id); load [N,L,E]:
+    choices of all K ranks; mass [N,L,E]: sum of probabilities; entropies [N,L]: sum of -sum p log p, nats;
+    confusion [N,L,label,E]: first choices at labelled answer tokens; transitions [L-1,E,E]: first choice in a layer and
+    in the next; together [L,L]: slots with the same first choice in both layers.
+    """
+
+    tokens: Array
+    usage: Array
+    load: Array
+    mass: Array
+    entropies: Array
+    confusion: Array
+    transitions: Array
+    together: Array
+
+    @classmethod
+    def zeros(cls, samples: int, layers: int, experts: int) -> SampleCounts:
+        n, l, e = samples, layers, experts
+        shapes = ((n,), (n, l, e), (n, l, e), (n, l, e), (n, l), (n, l, e, e), (max(l - 1, 0), e, e), (l, l))
+        return cls(*(np.zeros(shape) for shape in shapes))
+
+    def add(self, indices: Sequence[int], trace: RoutingTrace, counted: Tensor, labels: Tensor | None) -> None:
+        """Take in one batch. counted: bool [B,S]; labels: int64 [B,S], negative where there is none; None: nowhere."""
+        experts = self.usage.shape[-1]
+        rows = list(indices)
+        probs = trace.probs.double().cpu()
+        ranks = torch.nn.functional.one_hot(trace.ids.cpu().long(), experts).double()  # [L,B,S,K,E]
+        chosen, every = ranks[..., 0, :], ranks.sum(-2)
+        m = counted.double()
+        h = -torch.special.xlogy(probs, probs).sum(-1)
+        self.tokens[rows] += m.sum(1).numpy()
+        for table, values in ((self.usage, chosen), (self.load, every), (self.mass, probs)):
+            table[rows] += torch.einsum("lbse,bs->ble", values, m).numpy()
+        self.entropies[rows] += torch.einsum("lbs,bs->bl", h, m).numpy()
+        if labels is not None:
+            expected = torch.nn.functional.one_hot(labels.clamp(min=0), experts).double()
+            known = (labels >= 0).double()
+            self.confusion[rows] += torch.einsum("lbse,bsk,bs->blke", chosen, expected, known).numpy()
+        picked = chosen[:, counted]  # [L,T,E]
+        self.transitions += torch.einsum("lte,ltf->lef", picked[:-1], picked[1:]).numpy()
+        flat = picked.flatten(1)
+        self.together += (flat @ flat.T).numpy()
+
+    def save(self, path: str | Path) -> None:
+        """All arrays as ``.npz``, written beside and renamed."""
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with beside.open("wb") as stream:
+                np.savez_compressed(stream, **{f.name: getattr(self, f.name) for f in fields(self)})
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load_file(cls, path: str | Path) -> SampleCounts:
+        """What :meth:`save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return cls(**{f.name: data[f.name] for f in fields(cls)})
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: no routing counts of `micro route` ({error})") from error
+
+
+def experts_per_token(model: MiCRoForCausalLM, controls: Mapping[str, Any] | None) -> int:
+    """K of these calls."""
+    given = (controls or {}).get("experts_per_token")
+    return int(model.config.num_experts_per_tok if given is None else given)
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Routing labels of the answer tokens, -1 elsewhere, int64 [B,S]."""
+    if "routing_labels" not in batch:
+        return None
+    return torch.where(batch["labels"] != IGNORED, batch["routing_labels"], -1)
+
+
+def plain(value: Any) -> Any:
+    """NumPy values as JSON types, NaN as None."""
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value
