@@ -25,6 +25,8 @@ COMMANDS = (
     "generate",
     "route",
     "ablate",
+    "localize",
+    "circuits",
     "evaluate",
     "estimate",
     "report",

@@ -27,11 +27,13 @@ def signed_map(ax: Axes, values: np.ndarray[Any, Any], xlabel: str, ylabel: str,
     ax.set_facecolor("#e8eaed")
     image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
     ax.set(xlabel=xlabel, ylabel=ylabel)
+    whole_numbers(ax.yaxis)
     return image
 
 
-def _expert_ticks(ax: Axes, experts: list[str], order: list[int]) -> None:
-    ax.set_xticks(range(len(order)), [experts[e] for e in order])
+def whole_numbers(axis: Any) -> None:
+    """No layer 0.5."""
+    axis.get_major_locator().set_params(integer=True)
 
 
 def patching_figure(result: PatchingResult) -> Figure:
@@ -96,6 +98,7 @@ def gating_figure(result: GatingResult) -> Figure:
             ax.axvline(edge * shape[2] - 0.5, color="white", linewidth=1.5)
         ax.set_xticks([])
     axes[0].set_ylabel("layer")
+    whole_numbers(axes[0].yaxis)
     figure.colorbar(image, ax=list(axes), label="score")
     return figure
 
@@ -114,6 +117,7 @@ def repair_figure(result: RepairResult) -> Figure:
         for label, style, colour, values in series:
             ax.plot(layers, values[part], style, marker="o", markersize=3, label=label, color=colour)
         ax.axhline(0, color=GREY, linewidth=0.8)
+        whole_numbers(ax.xaxis)
         ax.set(xlabel="layer removed", title=f"{part}: lost logit of the target")
     axes[0].set_ylabel("centred logit, frozen norm")
     axes[0].legend(frameon=False, fontsize=8)
