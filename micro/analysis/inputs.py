@@ -1,0 +1,64 @@
+"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, and a model that is not in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from micro.analysis.batches import IGNORED, encoded, shifted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POSITIONS = ("predicting", "all")
+Row = tuple[int, dict[str, list[int]]]
+
+
+def input_rows(
+    data: Sequence[Any], tokenizer: Any, what: str, *, encode_options: dict[str, Any] | None = None
+) -> list[Row]:
+    """(index, encoded row) of texts (no chat template, every token a target) or of records; what cannot be encoded is
+    left out.
+
+    Raises:
+        ValueError: nothing is given, or nothing is left; ``what`` names the caller.
+    """
+    if not data:
+        raise ValueError(f"{what}: data is empty; give texts or records")
+    if not isinstance(data[0], str):
+        rows = encoded(data, tokenizer, **(encode_options or {}))
+    else:
+        every = ((i, list(tokenizer(text)["input_ids"])) for i, text in enumerate(data))
+        rows = [
+            (i, {"input_ids": x, "attention_mask": [1] * len(x), "labels": list(x)}) for i, x in every if len(x) > 1
+        ]
+    if not rows:
+        raise ValueError(f"{what}: none of the {len(data)} inputs has two tokens (texts) or an answer (records)")
+    return rows
+
+
+def counted(batch: dict[str, Tensor], positions: str) -> Tensor:
+    """Bool [B,S]: slots that predict a target ("predicting": answers of records, all but the last of texts), or all
+    real slots ("all").
+
+    Raises:
+        ValueError: another word.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+    return shifted(batch["labels"]) != IGNORED if positions == "predicting" else batch["attention_mask"].bool()
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """No gradient and no noise inside the block; the mode is what it was behind it."""
+    was_training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,83 @@
+"""Figures of steering, drawn from stored numbers only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from micro.analysis.figures import GREY, heat_map, new_figure
+from micro.experts import DISPLAY_ORDER, NAMES
+from micro.report.palette import expert_colours
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from micro.analysis.steering_matrix import SteeringReport
+
+
+def steering_figure(report: SteeringReport) -> Figure:
+    """The score matrix and, where there are curves, use of each expert and change of its own domain against bias."""
+    rows, columns = _display(report.rows), _display(report.sets)
+    width = 1.9 + 1.15 * len(columns)
+    widths = [width, *([4.2, 4.2] if report.curves else [])]
+    height = max(3.4 if report.curves else 2.0, 1.4 + 0.62 * len(rows))
+    figure, axes = new_figure(sum(widths), height, len(widths), width_ratios=widths)
+    _matrix(axes[0], report, rows, columns)
+    if report.curves:
+        _use(axes[1], report)
+        _own_change(axes[2], report)
+    return figure
+
+
+def _display(names: Sequence[str]) -> list[int]:
+    rank = {name: i for i, name in enumerate(NAMES[e] for e in DISPLAY_ORDER)}
+    return sorted(range(len(names)), key=lambda i: rank.get(names[i], len(rank) + i))
+
+
+def _matrix(ax: Axes, report: SteeringReport, rows: list[int], columns: list[int]) -> None:
+    values = np.asarray(report.change)[np.ix_(rows, columns)]
+    high = max(float(np.nanmax(np.abs(values))), 1e-9)
+    names = [report.rows[r] for r in rows], [report.sets[c] for c in columns]
+    heat_map(ax, values, *names, vmax=high, text="{:+.2f}", symmetric=True)
+    for y, r in enumerate(rows):
+        for x, c in enumerate(columns):
+            if report.p_holm[r][c] < 0.05:
+                dark = abs(values[y, x]) > 0.6 * high
+                ax.text(x + 0.33, y - 0.2, "*", ha="center", fontsize=11, color="white" if dark else "black")
+    kind = "log-likelihood, nats per token" if report.unit == "nats per token" else report.unit
+    ax.set(xlabel="steered to (* p < 0.05, Holm)", ylabel="row", title=f"Change of {kind}")
+
+
+def _styled(report: SteeringReport) -> list[tuple[dict[str, Any], str]]:
+    """Curves in display order with the colour of their expert."""
+    domains = report.curves[0]["domains"]
+    colours = dict(zip(domains, expert_colours(domains), strict=True))
+    order = _display([curve["expert"] for curve in report.curves])
+    return [(report.curves[i], colours[report.curves[i]["expert"]]) for i in order]
+
+
+def _use(ax: Axes, report: SteeringReport) -> None:
+    for curve, colour in _styled(report):
+        ax.plot(curve["values"], curve["probability"], color=colour, marker="o", markersize=3, label=curve["expert"])
+        ax.plot(curve["values"], curve["usage"], color=colour, linestyle=":")
+    ax.plot([], [], color=GREY, linestyle=":", label="share of tokens")
+    ax.set(xlabel="bias, nats", ylabel="probability", ylim=(-0.03, 1.03), title="Probability of the biased expert")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def _own_change(ax: Axes, report: SteeringReport) -> None:
+    for curve, colour in _styled(report):
+        own = curve["domains"].index(curve["expert"])
+        change, interval = (np.asarray(curve[key], dtype=float)[:, own] for key in ("change", "interval"))
+        ax.plot(curve["values"], change, color=colour, marker="o", markersize=3, label=f"{curve['expert']}: own domain")
+        ax.fill_between(curve["values"], interval[:, 0], interval[:, 1], color=colour, alpha=0.2, linewidth=0)
+        others = np.delete(np.asarray(curve["change"], dtype=float), own, 1)
+        ax.plot(curve["values"], np.nanmean(others, 1), color=colour, linestyle="--", linewidth=1)
+    ax.axhline(0, color=GREY, linewidth=0.8)
+    ax.plot([], [], color=GREY, linestyle="--", label="mean of the others")
+    ax.set(xlabel="bias, nats", ylabel="nats per token", title="Change of log-likelihood")
+    ax.legend(frameon=False, fontsize=8)

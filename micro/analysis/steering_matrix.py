@@ -1,0 +1,471 @@
+"""What steering does: each task under each steering set, graded bias, and the answers side by side.
+
+Steering sets keep Language and one domain (model.md 4.6); the set "language" keeps Language alone (ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import permutations
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from micro.analysis.batches import batches, token_losses
+from micro.analysis.inputs import counted, evaluating, input_rows
+from micro.analysis.result import Result
+from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
+from micro.analysis.suites import ManySuite, Suite, Traits, traits
+from micro.experts import NAMES
+from micro.progress import track
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from micro.data import Record
+    from micro.modeling import MiCRoConfig, MiCRoForCausalLM
+
+UNSTEERED = "unsteered"
+BIASES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
+CHUNK = 512  # sign flips at once
+
+
+def steering_sets(config: MiCRoConfig) -> dict[str, list[str]]:
+    """Name of a set -> experts to ablate. With the four named experts: a domain and Language stay (model.md 4.6), and
+    "language" keeps Language alone; otherwise each set keeps one expert.
+    """
+    names = list(config.expert_names or [])
+    kept = {name: {name} for name in names}
+    if tuple(names) == NAMES:
+        kept = {name: {name, NAMES[-1]} for name in names}
+    return {name: [other for other in names if other not in stay] for name, stay in kept.items()}
+
+
+@dataclass
+class SteeringReport(Result):
+    """The change of each row (a task, or a domain's answers) under each steering set; positive = better.
+
+    change [R][C] in ``unit`` (for losses the change in log-likelihood, nats per token); interval [R][C][2]: 95 %,
+    paired bootstrap over records; p [R][C]: sign flips of the records' differences; p_holm [R][C]: Holm over the whole
+    table. random, random_low, random_high [R][C]: mean and range of the change where as many experts were ablated in
+    every layer, but others in each; random_p [R][C]: share of these at least as high. index: mean over rows that have a
+    set of the same name of (own set - mean of the other sets); index_p: against all assignments of sets to rows.
+    curves: graded bias, one entry per expert (see :func:`bias_curves`). outputs: answers per prompt and set.
+    """
+
+    name: ClassVar[str] = "steering"
+
+    rows: list[str]
+    sets: list[str]
+    ablated: dict[str, list[str]]
+    score: list[float]  # unsteered, [R]
+    change: list[list[float]]
+    interval: list[list[list[float]]]
+    p: list[list[float]]
+    p_holm: list[list[float]]
+    random: list[list[float | None]]
+    random_low: list[list[float | None]]
+    random_high: list[list[float | None]]
+    random_p: list[list[float | None]]
+    index: float | None
+    index_p: float | None
+    records: int
+    items: list[int]
+    unit: str
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[dict[str, str]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SteeringReport:
+        return cls(**content)
+
+    def table(self) -> pd.DataFrame:
+        """One line per row and set."""
+        import pandas as pd
+
+        lines = [
+            {
+                "row": row, "set": name, "score_unsteered": self.score[r], "change": self.change[r][c],
+                "low": self.interval[r][c][0], "high": self.interval[r][c][1], "p": self.p[r][c],
+                "p_holm": self.p_holm[r][c], "random": self.random[r][c], "random_low": self.random_low[r][c],
+                "random_high": self.random_high[r][c], "random_p": self.random_p[r][c], "items": self.items[r],
+            }
+            for r, row in enumerate(self.rows)
+            for c, name in enumerate(self.sets)
+        ]  # fmt: skip
+        return pd.DataFrame(lines)
+
+    def __str__(self) -> str:
+        import pandas as pd
+
+        cells = [
+            [f"{self.change[r][c]:+.3f}{'*' if self.p_holm[r][c] < 0.05 else ' '}" for c in range(len(self.sets))]
+            for r in range(len(self.rows))
+        ]
+        frame = pd.DataFrame(cells, columns=self.sets)
+        frame.insert(0, "row", self.rows)
+        lines = [str(frame.to_string(index=False)), f"change, {self.unit}; * = p < 0.05 after Holm"]
+        if self.index is not None:
+            lines.append(f"own set against the others: {self.index:+.3f}, p = {self.index_p:.3f}")
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        from micro.analysis.steering_figures import steering_figure
+
+        return steering_figure(self)
+
+
+# ---------------------------------------------------------------- the matrix
+def steering_matrix(
+    model: MiCRoForCausalLM,
+    suites: Suite | Sequence[Suite],
+    sets: Mapping[str, Sequence[str]] | None = None,
+    *,
+    random_sets: int = 20,
+    controls: Mapping[str, Any] | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+    progress: bool = False,
+) -> SteeringReport:
+    """Score suites without steering and under each steering set.
+
+    Args:
+        model: a MiCRo model of either kind.
+        suites: one or several :class:`micro.analysis.Suite`; :class:`micro.analysis.LossSuite` on held-out records
+            gives the change in log-likelihood of each domain's answers. All must report in one unit.
+        sets: name -> experts to ablate in all layers; :func:`steering_sets` if not given.
+        random_sets: controls per number of ablated experts: in every layer as many experts as the set ablates, drawn
+            at random.
+        controls: other steering arguments, the same everywhere.
+        draws: of the bootstrap and of the sign flips.
+        seed: of controls, bootstrap and sign flips.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: an unknown expert, a set that leaves none, or suites of different units.
+    """
+    several = list(suites) if isinstance(suites, Sequence) else [suites]
+    known = [traits(suite, model) for suite in several]
+    if len({one.unit for one in known}) != 1:
+        raise ValueError(f"suites report in different units: {[one.unit for one in known]}; make one report for each")
+    ablated = {name: list(experts) for name, experts in (sets or steering_sets(model.config)).items()}
+    if not ablated or UNSTEERED in ablated:
+        raise ValueError(f"sets must name at least one set, and none {UNSTEERED!r}; got {list(ablated)}")
+    random = _random_sets(model.config, ablated, random_sets, seed)
+    conditions = [None, *ablated.values(), *(drawn for size in random.values() for drawn in size)]
+    given = [{**(controls or {}), **({"ablate": c} if c else {})} for c in conditions]
+    table = _Table(list(ablated), draws, seed)
+    with evaluating(model):
+        for suite, one in zip(several, known, strict=True):
+            scores = _score(suite, model, given, progress)
+            table.add(suite, one, scores, _places(ablated, random))
+    return table.report(
+        ablated,
+        sum(suite.records for suite in several),
+        {
+            "interval": "95 % paired bootstrap over records", "p": "two-sided sign flips of record differences",
+            "family": "Holm over all rows and sets", "random_sets": random_sets, "draws": draws, "seed": seed,
+            "controls": {name: str(value) for name, value in (controls or {}).items()},
+            "tasks": [one.task for one in known],
+        },
+    )  # fmt: skip
+
+
+def _score(
+    suite: Suite, model: MiCRoForCausalLM, conditions: list[dict[str, Any]], progress: bool
+) -> list[tuple[Array, Array]]:
+    if not isinstance(suite, ManySuite):
+        return [suite.score(model, one) for one in track(conditions, "steering", unit="sets", enabled=progress)]
+    found: list[tuple[Array, Array]] = []
+    # Unsteered alone: without controls a layer takes its fastest path.
+    pieces = [conditions[:1], *(conditions[i : i + 8] for i in range(1, len(conditions), 8))]
+    for piece in track(pieces, "steering", unit="groups of sets", enabled=progress):
+        found += suite.score_many(model, piece)
+    return found
+
+
+def _random_sets(
+    config: MiCRoConfig, ablated: Mapping[str, Sequence[str]], count: int, seed: int
+) -> dict[int, list[dict[int, list[int]]]]:
+    """Size of a set -> random choices {layer: experts} of that size."""
+    from micro.modeling.controls import ExpertNames
+
+    names, generator = ExpertNames(config), np.random.default_rng(seed)
+    sizes = sorted({len(set(names.many(experts, "sets"))) for experts in ablated.values()})
+    if sizes and sizes[-1] >= config.num_experts:
+        raise ValueError(f"sets: a set ablates all {config.num_experts} experts; at least one must stay")
+    layers = range(config.num_hidden_layers)
+    return {
+        size: [
+            {layer: generator.choice(config.num_experts, size, replace=False).tolist() for layer in layers}
+            for _ in range(count)
+        ]
+        for size in sizes
+        if size
+    }
+
+
+def _places(ablated: Mapping[str, Sequence[str]], random: Mapping[int, Sequence[Any]]) -> dict[str, list[int]]:
+    """Set -> numbers of its controls among the conditions."""
+    place, out, first = {}, {}, 1 + len(ablated)
+    for size, drawn in random.items():
+        place[size] = list(range(first, first + len(drawn)))
+        first += len(drawn)
+    for name, experts in ablated.items():
+        out[name] = place.get(len(set(experts)), [])
+    return out
+
+
+class _Table:
+    """Rows of the report, suite by suite."""
+
+    def __init__(self, sets: list[str], draws: int, seed: int) -> None:
+        self.sets, self.draws, self.seed = sets, draws, seed
+        self.lines: list[dict[str, Any]] = []
+        self.unit = ""
+
+    def add(
+        self, suite: Suite, one: Traits, scores: list[tuple[Array, Array]], controls: Mapping[str, list[int]]
+    ) -> None:
+        self.unit = one.unit
+        sums = np.stack([s for s, _ in scores]) * one.sign * one.factor  # [conditions, records, rows]
+        counts = scores[0][1]
+        differences = sums - sums[:1]
+        count = len(self.sets)
+        change = _mean_change(differences[1 : count + 1], counts)
+        everyone = np.ones(suite.records)
+        low, high = bootstrap(suite.records, change, draws=self.draws, seed=self.seed)
+        own, p = change(everyone), _sign_flips(differences[1 : count + 1], counts, self.draws, self.seed)
+        all_changes = ratio(differences.sum(1), counts.sum(0))
+        score = ratio(np.asarray(scores[0][0].sum(0)), counts.sum(0))
+        for k, name in enumerate(suite.names):
+            if counts[:, k].sum() == 0:
+                continue
+            line: dict[str, Any] = {"row": name, "score": float(score[k]), "items": int(counts[:, k].sum())}
+            line["cells"] = [
+                {
+                    "change": float(own[c, k]), "interval": [float(low[c, k]), float(high[c, k])],
+                    "p": float(p[c, k]), **_control(own[c, k], all_changes[controls[self.sets[c]], k]),
+                }
+                for c in range(count)
+            ]  # fmt: skip
+            self.lines.append(line)
+
+    def report(self, ablated: dict[str, list[str]], records: int, settings: dict[str, Any]) -> SteeringReport:
+        def column(name: str) -> list[list[Any]]:
+            return [[cell[name] for cell in line["cells"]] for line in self.lines]
+
+        rows, change, p = [line["row"] for line in self.lines], column("change"), column("p")
+        index, index_p = specificity(rows, self.sets, np.asarray(change))
+        return SteeringReport(
+            rows=rows,
+            sets=self.sets,
+            ablated=ablated,
+            score=[line["score"] for line in self.lines],
+            change=change,
+            interval=column("interval"),
+            p=p,
+            p_holm=holm(p).tolist(),
+            random=column("random"),
+            random_low=column("random_low"),
+            random_high=column("random_high"),
+            random_p=column("random_p"),
+            index=index,
+            index_p=index_p,
+            records=records,
+            items=[line["items"] for line in self.lines],
+            unit=self.unit,
+            settings=settings,
+        )
+
+
+def _control(observed: float, drawn: Array) -> dict[str, float | None]:
+    if not len(drawn):
+        return {"random": None, "random_low": None, "random_high": None, "random_p": None}
+    p = float(permutation_p(observed, drawn))
+    low, high = float(drawn.min()), float(drawn.max())
+    return {"random": float(drawn.mean()), "random_low": low, "random_high": high, "random_p": p}
+
+
+def _sign_flips(differences: Array, counts: Array, draws: int, seed: int) -> Array:
+    """Two-sided p of sum over records of differences [C,records,K] being 0, by flipping the sign of whole records
+    (Fisher's randomisation test for pairs).
+    """
+    generator = np.random.default_rng(seed)
+    items = np.where(counts.sum(0) > 0, counts.sum(0), np.nan)
+    parts = []
+    for first in range(0, draws, CHUNK):
+        signs = generator.choice([-1.0, 1.0], size=(min(CHUNK, draws - first), differences.shape[1]))
+        parts.append(np.einsum("dr,crk->dck", signs, differences, optimize=True) / items)
+    return permutation_p(differences.sum(1) / items, np.concatenate(parts), alternative="two-sided")
+
+
+def specificity(rows: Sequence[str], sets: Sequence[str], change: Array) -> tuple[float | None, float | None]:
+    """Mean over rows named like a set of (change under the own set - mean change under the other sets), and its p
+    against all assignments of these sets to these rows. None with fewer than two such rows.
+    """
+    own = [name for name in rows if name in sets]
+    if len(own) < 2 or len(set(own)) != len(own):
+        return None, None
+    table = change[np.ix_([list(rows).index(n) for n in own], [list(sets).index(n) for n in own])]
+    count = len(own)
+
+    def index(order: Sequence[int]) -> float:
+        diagonal = table[np.arange(count), list(order)]
+        return float((diagonal - (table.sum(1) - diagonal) / (count - 1)).mean())
+
+    observed = index(range(count))
+    every = np.array([index(order) for order in permutations(range(count))])
+    return observed, float((every >= observed - 1e-12).mean())
+
+
+# ---------------------------------------------------------------- graded bias
+def bias_curves(
+    model: MiCRoForCausalLM,
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    experts: Sequence[str] | None = None,
+    values: Sequence[float] = BIASES,
+    layers: Sequence[int] | None = None,
+    max_tokens: int = 2048,
+    encode_options: dict[str, Any] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Router logit of one expert + b in all layers, for several b: how often it is chosen and what that does.
+
+    Args:
+        model: a MiCRo model of either kind.
+        tokenizer: of the model.
+        records: held-out labelled records.
+        experts: whose logit is raised; each if not given.
+        values: of b, in nats.
+        layers: where; all if not given.
+        max_tokens: slots per batch.
+        encode_options: passed to :func:`micro.data.encode`.
+        draws: of the bootstrap over records.
+        seed: of the bootstrap.
+        progress: show a bar on stderr.
+
+    Returns:
+        One dict per expert, for ``SteeringReport.curves``: expert, values [N]; probability [N] and usage [N]: the
+        router's mean probability of the expert and the share of tokens with it among their experts, over tokens that
+        predict an answer and over layers; change [N][domains] in log-likelihood, nats per token, against b = 0, with
+        interval [N][domains][2]; domains.
+    """
+    rows = input_rows(records, tokenizer, "bias_curves", encode_options=encode_options)
+    if "routing_labels" not in rows[0][1]:
+        raise ValueError("bias_curves: needs labelled records, not texts")
+    names = list(model.config.expert_names or [])
+    chosen = list(experts or names)
+    work = list(batches(rows, tokenizer, max_tokens=max_tokens))
+    conditions = [(name, float(b)) for name in chosen for b in values]
+    with evaluating(model):
+        free = _biased(model, work, len(records), {}, None)
+        found = [
+            _biased(model, work, len(records), _bias(name, b, layers), names.index(name))
+            for name, b in track(conditions, "bias", unit="settings", enabled=progress)
+        ]
+    out = []
+    for i, name in enumerate(chosen):
+        some = found[i * len(values) : (i + 1) * len(values)]
+        change = _mean_change(np.stack([free[0] - sums for sums, _, _ in some]), free[1])  # minus a loss
+        low, high = bootstrap(len(records), change, draws=draws, seed=seed)
+        out.append(
+            {
+                "expert": name, "values": [float(b) for b in values], "domains": names,
+                "layers": None if layers is None else list(layers),
+                "probability": [share[0] for _, _, share in some], "usage": [share[1] for _, _, share in some],
+                "change": change(np.ones(len(records))).tolist(), "interval": np.stack([low, high], -1).tolist(),
+            }
+        )  # fmt: skip
+    return out
+
+
+def _mean_change(differences: Array, counts: Array) -> Callable[[Array], Array]:
+    """Weights of records -> mean of differences [N,records,K] over items [records,K]."""
+    return lambda weights: ratio(np.einsum("brk,r->bk", differences, weights), weights @ counts)
+
+
+def _bias(expert: str, b: float, layers: Sequence[int] | None) -> dict[str, Any]:
+    inner = {expert: b}
+    return {"bias": inner if layers is None else dict.fromkeys(layers, inner)}
+
+
+def _biased(
+    model: MiCRoForCausalLM, work: Sequence[Any], records: int, controls: dict[str, Any], expert: int | None
+) -> tuple[Array, Array, tuple[float, float]]:
+    """Losses and counts [records,E] by label, and (mean probability, usage) of one expert."""
+    from micro.modeling.steer import Steering
+
+    sums = np.zeros((records, model.config.num_experts))
+    counts = np.zeros_like(sums)
+    shares = np.zeros(3)  # probability, usage, tokens
+    for indices, batch in work:
+        steering = Steering.make(model.config, **controls)
+        steering.trace = []
+        losses = token_losses(model, batch, steering=steering, output_routing=True).double().numpy()
+        predicting = counted(batch, "predicting")
+        labels = torch.roll(batch["routing_labels"], -1, 1).numpy()
+        for row, record in enumerate(indices):
+            wanted = predicting[row].numpy()
+            np.add.at(sums[record], labels[row][wanted], losses[row][wanted])
+            np.add.at(counts[record], labels[row][wanted], 1)
+        if expert is not None:
+            trace = steering.trace[0]
+            at = predicting.to(trace.probs.device)
+            used = ((trace.ids == expert) & (trace.weights > 0)).any(-1)[:, at]
+            shares += [float(trace.probs[:, at, expert].double().sum()), float(used.sum()), used.numel()]
+    return sums, counts, (shares[0] / max(shares[2], 1), shares[1] / max(shares[2], 1))
+
+
+# ---------------------------------------------------------------- answers side by side
+def steered_outputs(
+    model: MiCRoForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sets: Mapping[str, Sequence[str]] | None = None,
+    *,
+    max_new_tokens: int = 64,
+    progress: bool = False,
+    **options: Any,
+) -> list[dict[str, str]]:
+    """Answers to each prompt, unsteered and under each set, greedy unless ``options`` of ``generate`` say otherwise.
+
+    Prompts are user turns where the tokenizer has a chat template, else plain text. All sets of a prompt are rows of
+    one batch. Returns one dict per prompt: "prompt", "unsteered" and the names of the sets.
+    """
+    chosen = {UNSTEERED: [], **{n: list(s) for n, s in (sets or steering_sets(model.config)).items()}}
+    out = []
+    with evaluating(model):
+        for prompt in track(prompts, "answers", unit="prompts", enabled=progress):
+            ids = _prompt_ids(tokenizer, prompt).repeat(len(chosen), 1).to(model.device)
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                ablate=list(chosen.values()),
+                max_new_tokens=max_new_tokens,
+                **{"do_sample": False, **options},
+            )
+            texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+            out.append({"prompt": prompt, **dict(zip(chosen, map(str.strip, texts), strict=True))})
+    return out
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+    if getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    return torch.tensor([ids])
