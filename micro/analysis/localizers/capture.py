@@ -108,7 +108,7 @@ class Capture:
     def _pool(self, reading: Reading, lengths: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """Mean of the rows of each (text, layer, expert); lengths: tokens that count of each text."""
         texts, (layers, experts, width) = len(lengths), shape
-        layer = reading.layer - (self.unit == "residual")
+        layer = reading.layer - int(self.unit == "residual")
         cell = (reading.row * layers + layer) * experts + reading.expert.clamp(min=0)
         sums = torch.zeros(texts * layers * experts, width, dtype=dtype, device=lengths.device)
         sums.index_add_(0, cell, reading.values.to(dtype))
