@@ -1,0 +1,88 @@
+"""Which of two is better aligned: experts, models, and experts by networks of the brain; paired over the same draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from micro.analysis.statistics import Array, holm, interval, permutation_p
+
+if TYPE_CHECKING:
+    from micro.analysis.alignment.features import FeatureSet
+    from micro.analysis.alignment.run import Scored
+
+
+def default_pairs(sets: Sequence[FeatureSet]) -> list[tuple[str, str]]:
+    """All pairs of experts of one model, and the same expert (or the residual stream) of different models."""
+    groups = list(dict.fromkeys((s.model, s.expert) for s in sets))
+    names = {(s.model, s.expert): s.group for s in sets}
+    return [
+        (names[a], names[b])
+        for a, b in combinations(groups, 2)
+        if (a[0] == b[0] and None not in (a[1], b[1])) or (a[0] != b[0] and a[1] == b[1])
+    ]
+
+
+def group_contrasts(scored: Sequence[Scored], pairs: Sequence[tuple[str, str]] | None) -> list[dict[str, Any]]:
+    """Difference of the scores of two sets or groups (mean over layers) with a 95 % interval and a two-sided p.
+
+    Draws of both sides come from the same resampled stimuli, so the difference is paired; p shifts its draws to mean
+    zero. Holm's correction takes all contrasts as one family.
+
+    Raises:
+        ValueError: a pair names no set and no group.
+    """
+    places = _places(scored)
+    pairs = default_pairs([s.features for s in scored]) if pairs is None else pairs
+    out: list[dict[str, Any]] = []
+    for first, second in pairs:
+        for name in (first, second):
+            if name not in places:
+                raise ValueError(f"contrasts: {name!r} is neither a set nor a group; there are {', '.join(places)}")
+        (a, draws_a), (b, draws_b) = (_mean(scored, places[name], 0) for name in (first, second))
+        drawn = draws_a - draws_b
+        low, high = interval(drawn)
+        out.append(
+            {
+                "first": first,
+                "second": second,
+                "difference": a - b,
+                "interval": [float(low), float(high)],
+                "p": float(permutation_p(a - b, drawn - (a - b), alternative="two-sided")),
+            }
+        )
+    for row, p in zip(out, holm([row["p"] for row in out]) if out else [], strict=True):
+        row["p_holm"] = float(p)
+    return out
+
+
+def network_table(scored: Sequence[Scored], networks: Sequence[str], voxels: Sequence[int]) -> list[dict[str, Any]]:
+    """Score of each group (mean over layers) in each network of voxels, with 95 % intervals."""
+    groups: dict[str, list[int]] = {}
+    for i, one in enumerate(scored):
+        groups.setdefault(one.features.group, []).append(i)
+    out = []
+    for group, members in groups.items():
+        for k, (network, count) in enumerate(zip(networks, voxels, strict=True)):
+            score, draws = _mean(scored, members, 2 + k)
+            low, high = interval(draws)
+            entry = {"group": group, "expert": scored[members[0]].features.expert, "network": network, "voxels": count}
+            out.append({**entry, "score": score, "interval": [float(low), float(high)]})
+    return out
+
+
+def _places(scored: Sequence[Scored]) -> dict[str, list[int]]:
+    """Indices by name of a set, and by name of a group where no set has it."""
+    places: dict[str, list[int]] = {}
+    for i, one in enumerate(scored):
+        places.setdefault(one.features.group, []).append(i)
+    return places | {one.features.name: [i] for i, one in enumerate(scored)}
+
+
+def _mean(scored: Sequence[Scored], members: Sequence[int], column: int) -> tuple[float, Array]:
+    point = float(np.mean([scored[i].point[column] for i in members]))
+    result: Array = np.mean([scored[i].draws[:, column] for i in members], axis=0)
+    return point, result
