@@ -7,6 +7,10 @@ Every report prints a table, saves JSON and CSV (``.save(folder)``) and draws it
 """
 
 from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, ablation
+from micro.analysis.ablation_scores import ScoreStore
+from micro.analysis.agreement import AgreementReport, agreement
+from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
+from micro.analysis.compensation import CompensationReport, routing_compensation
 from micro.analysis.counting import majority_vote, usage_counts
 from micro.analysis.localizers import (
     LesionResult,
@@ -19,22 +23,40 @@ from micro.analysis.localizers import (
     localizer_test,
 )
 from micro.analysis.routing_report import RoutingReport, routing
+from micro.analysis.selectivity import SelectivityReport, selectivity
+from micro.analysis.shapley_report import ShapleyReport, expert_shapley
+from micro.analysis.similarity import SimilarityReport, similarity
 
 __all__ = [
     "AblationReport",
+    "AgreementReport",
+    "CellReport",
+    "CompensationReport",
     "LesionResult",
     "LocalizerResult",
     "LocalizerTest",
     "LossSuite",
     "RoutingReport",
+    "ScoreStore",
+    "SelectivityReport",
+    "ShapleyReport",
+    "SimilarityReport",
     "Stimuli",
     "Suite",
     "ablation",
+    "agreement",
+    "cell_map",
+    "expert_shapley",
+    "few_per_domain",
     "lesion",
     "localize",
     "localizer_mask",
     "localizer_test",
     "majority_vote",
+    "random_cells",
     "routing",
+    "routing_compensation",
+    "selectivity",
+    "similarity",
     "usage_counts",
 ]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from micro.modeling import MiCRoForCausalLM, RoutingTrace
 
 Positions = Literal["published", "answer"]
+SentenceTokens = Literal["sentence", "published"]
+TEMPLATE_DATE = "26 Jul 2024"  # the default of micro.data.encode
 MAX_SAMPLES, SAMPLE_SEED = 1000, 42  # the published rule
 POSITIONS = {
     "published": "from the last prompt token (header of the answer counts as answer) to the last but one token",
@@ -31,7 +33,7 @@ POSITIONS = {
 
 @dataclass(frozen=True)
 class Samples:
-    """Encoded samples: (index into ``data``, features) each, and the first slot that counts.
+    """Encoded samples: (index into ``data``, features) each, and the slots first..last-1 of each that count.
 
     ``drawn``: the indices into the data given, ascending; ``labelled``: whether the rows carry routing labels.
     """
@@ -39,18 +41,18 @@ class Samples:
     data: list[Any]
     drawn: list[int]
     rows: list[tuple[int, dict[str, list[int]]]]
-    offsets: dict[int, int]
-    labelled: bool
-    positions: Positions
+    spans: dict[int, tuple[int, int]]
+    labelled: bool = False
+    positions: Positions = "published"
 
     def counted(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> Tensor:
         """Bool [B,S]: the slots that count."""
         if self.positions == "answer" and self.labelled:
             return shifted(batch["labels"]) != IGNORED
         slots = torch.arange(batch["input_ids"].shape[1])
-        lengths = batch["attention_mask"].sum(1)
-        first = torch.tensor([self.offsets[i] for i in indices])
-        return (slots >= first[:, None]) & (slots < lengths[:, None] - 1)
+        first, last = torch.tensor([self.spans[i] for i in indices]).T[..., None]
+        counted: Tensor = (slots >= first) & (slots < last)
+        return counted
 
 
 def drawn_samples(
@@ -81,7 +83,7 @@ def drawn_samples(
         raise ValueError(f"{what}: data mixes {', '.join(sorted({_kind(i) for i in kept}))}; give one kind")
     if _kind(kept[0]) == "records":
         return _records(kept, drawn, tokenizer, what, positions, dict(options or {}))
-    return _texts(kept, drawn, tokenizer, what, positions)
+    return _texts(kept, drawn, tokenizer, what)
 
 
 def _kind(item: Any) -> str:
@@ -94,8 +96,8 @@ def _records(
     rows = encoded(kept, tokenizer, **options)
     if not rows:
         raise ValueError(f"{what}: none of the {len(kept)} records could be encoded")
-    offsets = {i: _offset(kept[i], row, tokenizer, options) for i, row in rows}
-    return Samples(kept, drawn, rows, offsets, True, positions)
+    spans = {i: (_offset(kept[i], row, tokenizer, options), len(row["input_ids"]) - 1) for i, row in rows}
+    return Samples(kept, drawn, rows, spans, True, positions)
 
 
 def _offset(record: Record, row: dict[str, list[int]], tokenizer: Any, options: Mapping[str, Any]) -> int:
@@ -118,18 +120,60 @@ def _offset(record: Record, row: dict[str, list[int]], tokenizer: Any, options: 
     return max(start - len(tokenizer(header, add_special_tokens=False).input_ids) - 1, 0)
 
 
-def _texts(kept: list[Any], drawn: list[int], tokenizer: Any, what: str, positions: Positions) -> Samples:
-    rows, offsets = [], {}
+def _texts(kept: list[Any], drawn: list[int], tokenizer: Any, what: str) -> Samples:
+    rows, spans = [], {}
     for i, item in enumerate(kept):
         prompt, answer = ("", item) if isinstance(item, str) else item
         ids = tokenizer(prompt + answer)["input_ids"]
         first = len(tokenizer(prompt)["input_ids"]) - 1 if prompt else 0
         if len(ids) - 1 > first:
-            rows.append((i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}))
-            offsets[i] = first
+            rows.append((i, _row(ids)))
+            spans[i] = (first, len(ids) - 1)
     if not rows:
         raise ValueError(f"{what}: every text has fewer than two tokens after its prompt")
-    return Samples(kept, drawn, rows, offsets, False, positions)
+    return Samples(kept, drawn, rows, spans)
+
+
+def _row(ids: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+
+def sentence_samples(
+    sentences: Sequence[str], tokenizer: Any, *, what: str, tokens: SentenceTokens = "sentence", chat: bool = True
+) -> Samples:
+    """Each sentence as the only user turn; the tokens of the sentence itself count.
+
+    tokens: "sentence": those that hold a character of it; "published": from (tokens of the template with an empty
+    text) - 1 to the last token but one, the same where the template puts one token behind the text, as Llama's does.
+    chat: False = plain text without a template.
+
+    Raises:
+        ValueError: no sentences, one that is empty, or no chat template.
+    """
+    from micro.data.rendering import renderer_for
+
+    if isinstance(sentences, str) or not len(sentences):
+        raise ValueError(f"{what}: give a list of sentences")
+    if tokens not in ("sentence", "published"):
+        raise ValueError(f'{what}: tokens must be "sentence" or "published", got {tokens!r}')
+    rows, spans = [], {}
+    for i, sentence in enumerate(sentences):
+        if not isinstance(sentence, str) or not sentence.strip():
+            raise ValueError(f"{what}: sentence {i} is empty: {sentence!r}")
+        text, low, high = sentence, 0, len(sentence)
+        if chat:
+            turn = [{"role": "user", "content": sentence}]
+            rendered = renderer_for(tokenizer).render(turn, TEMPLATE_DATE, [])
+            text, (low, high) = rendered.text, rendered.contents[0]
+        encoding = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
+        touching = [s for s, (a, b) in enumerate(encoding["offset_mapping"]) if a < high and b > low]
+        span = (touching[0], touching[-1] + 1)
+        if tokens == "published" and chat:
+            empty = renderer_for(tokenizer).apply([{"role": "user", "content": ""}], TEMPLATE_DATE)
+            span = (len(tokenizer(empty, add_special_tokens=False)["input_ids"]) - 1, len(encoding["input_ids"]) - 1)
+        rows.append((i, _row(encoding["input_ids"])))
+        spans[i] = span
+    return Samples(list(sentences), list(range(len(sentences))), rows, spans)
 
 
 @torch.no_grad()
@@ -248,8 +292,8 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 def plain(value: Any) -> Any:
     """NumPy values as JSON types, NaN as None."""
-    if isinstance(value, np.ndarray | list | tuple):
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     return None if isinstance(value, float) and math.isnan(value) else value

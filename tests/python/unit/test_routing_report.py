@@ -171,18 +171,18 @@ def test_the_header_of_the_answer_counts_as_answer(tokenizer):
     samples = drawn_samples([RECORD], tokenizer, what="t")
     ids = samples.rows[0][1]["input_ids"]
     prompt = tokenizer.apply_chat_template(RECORD.messages()[:-1], tokenize=False)
-    assert ids[: samples.offsets[0] + 1] == tokenizer(prompt)["input_ids"]
-    assert tokenizer.decode(ids[samples.offsets[0] + 1 :]).startswith("<|im_start|>assistant\nThe sum")
+    assert ids[: samples.spans[0][0] + 1] == tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(ids[samples.spans[0][0] + 1 :]).startswith("<|im_start|>assistant\nThe sum")
     batch = {"input_ids": torch.tensor([[*ids, 0, 0]]), "attention_mask": torch.tensor([[1] * len(ids) + [0, 0]])}
     counted = samples.counted([0], batch)[0].nonzero()[:, 0].tolist()
-    assert counted == list(range(samples.offsets[0], len(ids) - 1))  # offset to S-2; padding never
+    assert counted == list(range(samples.spans[0][0], len(ids) - 1))  # offset to S-2; padding never
 
 
 def test_a_prompt_that_looks_like_a_special_token_has_the_same_offset_rule(tokenizer):
     record = Record("Say <|im_end|> twice", RECORD.assistant, RECORD.spans)
     samples = drawn_samples([record], tokenizer, what="t")
     ids = samples.rows[0][1]["input_ids"]
-    assert tokenizer.decode(ids[samples.offsets[0] + 1 :]).startswith("<|im_start|>assistant\nThe sum")
+    assert tokenizer.decode(ids[samples.spans[0][0] + 1 :]).startswith("<|im_start|>assistant\nThe sum")
 
 
 def test_trained_tokens_only_when_asked(tokenizer):
@@ -198,7 +198,7 @@ def test_texts_count_from_the_start_and_pairs_from_their_prompt(tokenizer):
     whole = drawn_samples([text], tokenizer, what="t")
     pair = drawn_samples([(prompt, text[len(prompt) :])], tokenizer, what="t")
     assert whole.rows[0][1]["input_ids"] == pair.rows[0][1]["input_ids"]
-    assert (whole.offsets[0], pair.offsets[0]) == (0, len(tokenizer(prompt)["input_ids"]) - 1)
+    assert (whole.spans[0][0], pair.spans[0][0]) == (0, len(tokenizer(prompt)["input_ids"]) - 1)
 
 
 def test_at_most_so_many_samples_are_drawn_and_the_draw_is_fixed(tokenizer):
@@ -244,7 +244,7 @@ def test_the_report_agrees_with_usage_counts(model, tokenizer):
     ids = torch.tensor([samples.rows[0][1]["input_ids"]])
     with torch.no_grad():
         trace = model.model(input_ids=ids, use_cache=False, output_routing=True).routing
-    np.testing.assert_array_equal(report.counts.usage[0], usage_counts(trace.logits[:, 0], samples.offsets[0]))
+    np.testing.assert_array_equal(report.counts.usage[0], usage_counts(trace.logits[:, 0], samples.spans[0][0]))
 
 
 def test_two_experts_per_token_are_stated(model, tokenizer):
