@@ -8,7 +8,7 @@ Every report prints a table, saves JSON and CSV (``.save(folder)``) and draws it
 
 from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, ablation
 from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.agreement import AgreementReport, agreement
+from micro.analysis.agreement_report import AgreementReport, agreement
 from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
 from micro.analysis.compensation import CompensationReport, routing_compensation
 from micro.analysis.counting import majority_vote, usage_counts
@@ -23,9 +23,9 @@ from micro.analysis.localizers import (
     localizer_test,
 )
 from micro.analysis.routing_report import RoutingReport, routing
-from micro.analysis.selectivity import SelectivityReport, selectivity
+from micro.analysis.selectivity_report import SelectivityReport, selectivity
 from micro.analysis.shapley_report import ShapleyReport, expert_shapley
-from micro.analysis.similarity import SimilarityReport, similarity
+from micro.analysis.similarity_report import SimilarityReport, similarity
 
 __all__ = [
     "AblationReport",

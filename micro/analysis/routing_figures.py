@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.agreement import AgreementReport
+    from micro.analysis.agreement_report import AgreementReport
     from micro.analysis.routing_report import RoutingReport
-    from micro.analysis.selectivity import SelectivityReport
-    from micro.analysis.similarity import SimilarityReport
+    from micro.analysis.selectivity_report import SelectivityReport
+    from micro.analysis.similarity_report import SimilarityReport
 
 CHANCE = "#c5221f"
 NUMBERS_UP_TO = 8  # rows of a heat map that still has room for numbers

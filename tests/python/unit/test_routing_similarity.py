@@ -6,7 +6,7 @@ import torch
 from small_models import KINDS, small_model
 
 from micro.analysis.routing_pass import sentence_samples
-from micro.analysis.similarity import SimilarityReport, similarity
+from micro.analysis.similarity_report import SimilarityReport, similarity
 from micro.testing import tiny_tokenizer
 
 SENTENCES = ["Mia feels sad today.", "The key is still in the drawer.", "Rivers carry sand to the sea."]
