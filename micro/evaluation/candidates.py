@@ -189,7 +189,8 @@ class _Shared:
 
     def __init__(self, model: MiCRoForCausalLM, controls: Mapping[str, Any]) -> None:
         self.model, self.controls = model, controls
-        self._kept, self._kept_ids = MiCRoCache(model.config), ()  # one row: the shared beginning of the last batch
+        self._kept = MiCRoCache(model.config)  # one row: what the last batch had in common
+        self._kept_ids: Ids = ()
         self._cache, self._mask = self._kept, torch.empty(0)
 
     def read(self, prompts: list[Ids]) -> Tensor:
@@ -217,7 +218,8 @@ class _Shared:
             use_cache=True,
             **self.controls,
         ).last_hidden_state
-        return self.model.lm_head(hidden[:, -1])
+        logits: Tensor = self.model.lm_head(hidden[:, -1])
+        return logits
 
     def _keep(self, ids: Ids) -> None:
         """Read the beginning that all prompts of the next batch share, as far as it is not kept."""
@@ -241,7 +243,7 @@ class _Shared:
         slots = torch.arange(width, device=device)
         own = slots < torch.tensor([len(some) for some in tokens], device=device)[:, None]
         mask = self._mask[torch.tensor(rows, device=device)]
-        hidden = self.model.model(
+        hidden: Tensor = self.model.model(
             input_ids=ids,
             attention_mask=torch.cat([mask, own], 1),
             position_ids=mask.sum(1)[:, None] + slots,
@@ -258,7 +260,7 @@ def _copied(cache: MiCRoCache, config: Any, rows: list[int], length: int, room: 
     if length == 0:
         return new
     for old, layer in zip(cache.layers, new.layers, strict=True):
-        assert isinstance(layer, MiCRoCacheLayer)
+        assert isinstance(layer, MiCRoCacheLayer) and isinstance(old, MiCRoCacheLayer)
         assert old.keys is not None and old.values is not None
         parts = [part.unflatten(1, (cache.experts, -1))[:, :, :, :length] for part in (old.keys, old.values)]
         _, experts, groups, _, size = parts[0].shape

@@ -1,0 +1,182 @@
+"""Tasks of lm-evaluation-harness for a MiCRo model: its own, where their data are at hand, and those of a folder.
+
+result = harness.run(model, tokenizer, tasks=["arc_easy"], controls={"ablate": "social"})
+result = harness.run(model, tokenizer, tasks=["mine"], include_path="my_tasks")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from micro.analysis.result import Result
+from micro.errors import RunError, require
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+HALF_WIDTH = 1.96  # of a 95 % normal interval, in standard errors
+
+
+@dataclass
+class HarnessResult(Result):
+    """What the harness found. ``rows``: task, metric, filter, value, stderr, low and high (95 %, normal; None where
+    there is no standard error), items, shots, version; ``samples``: task -> the harness' log of its items.
+    """
+
+    name: ClassVar[str] = "harness"
+
+    rows: list[dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> HarnessResult:
+        return cls(**content)
+
+    def table(self) -> pd.DataFrame:
+        return require("pandas", "eval", "HarnessResult.table").DataFrame(self.rows)
+
+    def plot(self) -> Figure:
+        from micro.evaluation.suites.figure import harness_figure
+
+        return harness_figure(self)
+
+
+def run(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    tasks: str | Sequence[str],
+    include_path: str | Path | None = None,
+    controls: Mapping[str, Any] | None = None,
+    num_fewshot: int | None = None,
+    limit: int | float | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    bootstrap_iters: int = 10_000,
+    log_samples: bool = False,
+    seed: int = 1234,
+    progress: bool = False,
+    **model_args: Any,
+) -> HarnessResult:
+    """Evaluate a model on tasks of lm-evaluation-harness.
+
+    Args:
+        model: a MiCRo model, its folder, or any ``lm_eval.api.model.LM``.
+        tokenizer: of a loaded model.
+        tasks: names of tasks or groups.
+        include_path: a folder with task files (YAML) of your own.
+        controls: steering arguments: ablate, keep, bias, force, experts_per_token.
+        num_fewshot: worked examples per prompt; default that of the task.
+        limit: first items of each task (a share where it is below 1).
+        apply_chat_template: prompts as conversations.
+        system_instruction: a system message before each prompt.
+        bootstrap_iters: resamples for standard errors that have no formula.
+        log_samples: keep what the harness logs of each item.
+        seed: of the harness (few-shot examples, its own bootstrap) and of sampling.
+        progress: show bars on stderr.
+        model_args: further arguments of :class:`MiCRoLM`: batch_size, max_length, engine, ...
+
+    Raises:
+        ValueError: an unknown task.
+        RunError: the data of a task are not on this machine and cannot be had.
+        MissingExtraError: lm-eval is not installed.
+    """
+    lm_eval = require("lm_eval", "eval", "micro.evaluation.harness")
+    require("lm_eval.tasks", "eval", "micro.evaluation.harness")
+    from lm_eval.api.model import LM
+
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    manager = lm_eval.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown or not names:
+        where = f" or in {include_path}" if include_path else "; a folder with your own is given by include_path"
+        raise ValueError(f"harness: no task {', '.join(map(repr, unknown))} in lm-eval {_version()}{where}")
+    if isinstance(model, LM):
+        if controls or model_args:
+            raise ValueError("harness: an LM is steered by its own arguments; give controls to MiCRoLM")
+        lm = model
+    else:
+        from micro.evaluation.micro_lm import MiCRoLM
+
+        lm = MiCRoLM(model, tokenizer, seed=seed, progress=progress, **{**(controls or {}), **model_args})
+    options = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "system_instruction": system_instruction,
+        "bootstrap_iters": bootstrap_iters,
+    }
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=lm, tasks=names, task_manager=manager, log_samples=log_samples, **options, **seeds
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        raise RunError(f"harness: the data of {', '.join(names)} are not at hand: {error}") from error
+    assert found is not None
+    return HarnessResult(
+        rows=_rows(found),
+        settings={
+            "lm_eval": _version(),
+            "tasks": names,
+            **options,
+            "seed": seed,
+            "controls": {n: str(v) for n, v in getattr(lm, "controls", {}).items()},
+            "truncated_prompts": getattr(lm, "truncated", 0),
+            "interval": "95 %, normal, from the harness' standard error",
+        },
+        samples=_samples(found) if log_samples else {},
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("lm_eval")
+
+
+def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per task, metric and filter; groups behind the tasks."""
+    rows = []
+    for task, values in {**found["results"], **found.get("groups", {})}.items():
+        for key, value in values.items():
+            metric, _, rest = key.partition(",")
+            if not rest or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{rest}")
+            known = isinstance(error, int | float) and math.isfinite(error)
+            half = HALF_WIDTH * error if known else None
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "filter": rest,
+                    "value": float(value),
+                    "stderr": float(error) if known else None,
+                    "low": None if half is None else float(value) - half,
+                    "high": None if half is None else float(value) + half,
+                    "items": found.get("n-samples", {}).get(task, {}).get("effective"),
+                    "shots": found.get("n-shot", {}).get(task),
+                    "version": found.get("versions", {}).get(task),
+                }
+            )
+    return rows
+
+
+def _samples(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The harness' log of each item, as JSON types."""
+    import json
+
+    return {
+        task: [json.loads(json.dumps(sample, default=str)) for sample in samples]
+        for task, samples in found.get("samples", {}).items()
+    }
