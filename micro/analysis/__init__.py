@@ -9,6 +9,7 @@ Every report prints a table, saves JSON and CSV (``.save(folder)``) and draws it
 from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, ablation
 from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.agreement_report import AgreementReport, agreement
+from micro.analysis.alignment import AlignmentResult, ReadingTimesResult, align, reading_times
 from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
 from micro.analysis.compensation import CompensationReport, routing_compensation
 from micro.analysis.counting import majority_vote, usage_counts
@@ -30,12 +31,14 @@ from micro.analysis.similarity_report import SimilarityReport, similarity
 __all__ = [
     "AblationReport",
     "AgreementReport",
+    "AlignmentResult",
     "CellReport",
     "CompensationReport",
     "LesionResult",
     "LocalizerResult",
     "LocalizerTest",
     "LossSuite",
+    "ReadingTimesResult",
     "RoutingReport",
     "ScoreStore",
     "SelectivityReport",
@@ -45,6 +48,7 @@ __all__ = [
     "Suite",
     "ablation",
     "agreement",
+    "align",
     "cell_map",
     "expert_shapley",
     "few_per_domain",
@@ -54,6 +58,7 @@ __all__ = [
     "localizer_test",
     "majority_vote",
     "random_cells",
+    "reading_times",
     "routing",
     "routing_compensation",
     "selectivity",

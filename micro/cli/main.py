@@ -27,6 +27,7 @@ COMMANDS = (
     "ablate",
     "localize",
     "circuits",
+    "align",
     "evaluate",
     "estimate",
     "report",

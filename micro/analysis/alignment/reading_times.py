@@ -37,9 +37,8 @@ def word_surprisal(
 ) -> list[Array]:
     """Surprisal of every word in nats, ``-log P(word | words before it in its sentence)``.
 
-    Words are joined by single spaces; a token belongs to the word that holds its first character that is no space, and
-    the tokens of a word are summed. A token without anything before it (no beginning-of-sequence token) has no
-    surprisal: its word is NaN.
+    Words are joined by single spaces; the space in front belongs to its word, and the tokens of a word are summed. A
+    token without anything before it (no beginning-of-sequence token) has no surprisal: its word is NaN.
 
     Args:
         model: a MiCRo model of either kind.
@@ -82,13 +81,14 @@ def word_surprisal(
 
 
 def _owners(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
-    """Index of the word of each token; None for special tokens and bare spaces."""
+    """Index of the word of each token; None for special tokens."""
     text = " ".join(words)
     word_of = np.repeat(np.arange(len(words)), [len(word) + 1 for word in words])
     owners: list[int | None] = []
     for begin, end in offsets:
-        inside = [c for c in range(begin, end) if not text[c].isspace()]
-        owners.append(int(word_of[inside[0]]) if inside else None)
+        # A space that is a token of its own begins the next word.
+        inside = [c for c in range(begin, end) if not text[c].isspace()] or [end]
+        owners.append(int(word_of[inside[0]]) if begin < end and inside[0] < len(text) else None)
     return owners
 
 
@@ -128,7 +128,7 @@ def reading_times(
 
     Source: Smith and Levy 2013; gain per word as in Goodkind and Bicknell 2018.
     """
-    frame = _frame(table)
+    frame = read_table(table)
     baseline, names = _baseline(frame, spillover)
     added = {
         name: _added(frame, values, name, spillover if surprisal_spillover else 0)
@@ -171,7 +171,12 @@ def reading_times(
     )
 
 
-def _frame(table: pd.DataFrame | str | Path) -> pd.DataFrame:
+def read_table(table: pd.DataFrame | str | Path) -> pd.DataFrame:
+    """The table of :func:`reading_times`, checked, with a column ``log_frequency``.
+
+    Raises:
+        ValueError: as there.
+    """
     pandas = require("pandas", "eval", "reading times")
     frame = pandas.read_csv(table) if isinstance(table, str | Path) else table.reset_index(drop=True)
     missing = [name for name in COLUMNS if name not in frame]
@@ -235,7 +240,7 @@ def _kept(time: Array, baseline: Array, added: Mapping[str, Array]) -> tuple[Any
     needed = 3 * (baseline.shape[1] + 2)
     if (~lost).sum() < needed:
         raise ValueError(
-            f"{int((~lost).sum())} words are left of {len(time)}, at least {needed} are needed: {left_out}"
+            f"{int((~lost).sum())} of {len(time)} words are left, at least {needed} are needed: {left_out}"
         )
     return ~lost, left_out
 
