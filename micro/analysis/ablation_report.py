@@ -1,17 +1,20 @@
-"""What it costs to lose an expert: loss per domain with sets of experts removed."""
+"""What it costs to lose an expert: the score of each task with sets of experts removed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, all_sets, expert_names, score
+from micro.analysis.ablation_statistics import DRAWS, Line, best_lines, claim_lines, drawn_means, split_records
 from micro.analysis.result import Result
-from micro.analysis.statistics import Array, bootstrap, ratio
+from micro.analysis.statistics import interval
 from micro.analysis.suites import LossSuite, Suite
-from micro.progress import track
+from micro.files import write_text
 
 __all__ = ["AblationReport", "LossSuite", "Suite", "ablation"]
 
@@ -24,26 +27,42 @@ if TYPE_CHECKING:
 
 @dataclass
 class AblationReport(Result):
-    """Loss per row (domain) and condition, and its rise over no ablation with a paired bootstrap interval."""
+    """Score per row (task or domain) and condition, and its rise over no ablation with a paired bootstrap interval.
+
+    ``score`` and ``rise`` are in the unit of the row's suite (nats, or shares); ``claims`` and ``best`` are in nats or
+    points (100 times a share).
+    """
 
     name: ClassVar[str] = "ablation"
 
     rows: list[str]
     conditions: list[str]  # the first is "none"
-    loss: list[list[float]]  # [rows][conditions]
+    score: list[list[float]]  # [rows][conditions]
     rise: list[list[float]]
     rise_interval: list[list[list[float]]]  # [rows][conditions][2]
     records: int
-    tokens: list[int]
+    items: list[int]  # of each row
     settings: dict[str, Any] = field(default_factory=dict)
+    higher_is_better: list[bool] = field(default_factory=list)  # of each row; empty = losses
+    units: list[str] = field(default_factory=list)
+    members: list[list[str]] = field(default_factory=list)  # experts of each condition
+    claims: list[Line] = field(default_factory=list)
+    best: list[Line] = field(default_factory=list)
+
+    def harm(self, row: int) -> list[float]:
+        """How much worse each condition is than none in a row, in the row's unit; above 0 = worse."""
+        better = bool(self.higher_is_better) and self.higher_is_better[row]
+        return [-rise if better else rise for rise in self.rise[row]]
 
     @property
     def own_domain_is_worst(self) -> dict[str, bool]:
-        """For each row named like a single-expert condition: is the rise there the largest of its row?"""
+        """For each row named like a single-expert condition: does it harm that row most of all single experts?"""
         verdict = {}
+        singles = [c for c in range(len(self.conditions)) if not self.members or len(self.members[c]) <= 1]
         for r, row in enumerate(self.rows):
             if row in self.conditions:
-                verdict[row] = int(np.argmax(self.rise[r])) == self.conditions.index(row)
+                harm = self.harm(r)
+                verdict[row] = max(singles, key=lambda c, harm=harm: harm[c]) == self.conditions.index(row)  # type: ignore[misc]
         return verdict
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,89 +73,172 @@ class AblationReport(Result):
         return cls(**content)
 
     def table(self) -> pd.DataFrame:
+        """Score of every row under every condition."""
         import pandas as pd
 
-        frame = pd.DataFrame(self.loss, columns=self.conditions)
+        frame = pd.DataFrame(self.score, columns=self.conditions)
         frame.insert(0, "domain", self.rows)
         return frame
 
-    def plot(self) -> Figure:
-        from micro.analysis.figures import ablation_figure
+    def tests(self) -> pd.DataFrame:
+        """The claim table: one line per row and ablated set, one Holm family over all lines.
 
-        return ablation_figure(self)
+        Columns: task, ablated, unit, records, items; intact, score (with intact_se, score_se over records), change with
+        the standard error ``se`` of the paired difference and its 95 % bootstrap interval low..high; test, p, p_holm;
+        and the published test: published_se (``sqrt(se^2 + intact_se^2)``), published_t, published_df, published_p,
+        published_stars (unpaired, uncorrected). The line "Average" is over tasks scored as shares.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.claims)
+
+    def best_table(self) -> pd.DataFrame:
+        """Best single ablation per row: chosen on validation records, and on the test itself (``optimistic``)."""
+        import pandas as pd
+
+        return pd.DataFrame(self.best)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ablation.json, ablation.csv, and the claim tables ablation_tests.csv and ablation_best.csv."""
+        super().save(folder)
+        for suffix, lines, frame in (("tests", self.claims, self.tests), ("best", self.best, self.best_table)):
+            if lines:
+                write_text(Path(folder) / f"{self.name}_{suffix}.csv", frame().to_csv(index=False))
+
+    def plot(self, kind: Literal["rise", "bars"] = "rise") -> Figure:
+        """``rise``: heat map of the change by row and ablated set; ``bars``: scores with intervals, a panel per row."""
+        from micro.analysis.ablation_figures import ablation_bars, ablation_heat_map
+
+        if kind not in ("rise", "bars"):
+            raise ValueError(f'kind is {kind!r}, expected "rise" or "bars"')
+        return ablation_bars(self) if kind == "bars" else ablation_heat_map(self)
 
 
 def ablation(
     model: MiCRoForCausalLM,
     suites: Suite | Sequence[Suite],
-    sets: Sequence[str | Sequence[str]] | None = None,
+    sets: Literal["all"] | Sequence[str | Sequence[str]] | None = None,
     *,
+    validation: Suite | Sequence[Suite] | float | None = None,
     controls: Mapping[str, Any] | None = None,
+    draws: int = DRAWS,
     seed: int = 0,
+    store: ScoreStore | None = None,
     progress: bool = False,
 ) -> AblationReport:
     """Score suites without ablation and with each set of experts removed in all layers.
 
     Args:
         model: a MiCRo model of either kind.
-        suites: one or several :class:`LossSuite` (or anything with their shape).
-        sets: what to remove; each expert alone if not given. A set is a name or a list of names.
+        suites: one or several tasks: :class:`LossSuite`, or anything with the shape of :class:`Suite`.
+        sets: what to remove; each expert alone if not given, "all" for every set that leaves an expert (14 of four
+            experts). A set is a name or a list of names.
+        validation: where the best single ablation is chosen: suites with the same rows as ``suites``, in their order,
+            or a share of the records of ``suites``, which the reported part then goes without. The one chosen on the
+            test is always reported too, marked optimistic.
         controls: other steering arguments, the same in every condition (``experts_per_token=1``, say).
-        seed: of the bootstrap.
+        draws: of the bootstrap over records.
+        seed: of the bootstrap and of a validation share.
+        store: where scores are kept between calls and on disk; nowhere if not given.
         progress: show a bar on stderr.
 
     Returns:
-        An :class:`AblationReport`; items are paired, so the interval is of the difference (bootstrap over records).
+        An :class:`AblationReport`. Items are paired: intervals are of the difference (bootstrap over records), p values
+        exact McNemar for records that are right or wrong, else paired bootstrap, corrected by Holm over all lines;
+        beside them the published test.
 
     Raises:
-        ValueError: an unknown expert, or a set that leaves no expert.
+        ValueError: an unknown expert, a set that leaves no expert, or validation suites with other rows.
 
-    Source: MiCRo, causal ablation; paired intervals instead of the published unpaired test.
+    Source: MiCRo, causal ablation (model.md 9.3).
     """
     several = list(suites) if isinstance(suites, Sequence) else [suites]
-    chosen = list(sets) if sets is not None else list(model.config.expert_names or ())
-    base = dict(controls or {})
-    conditions: list[tuple[str, dict[str, Any]]] = [("none", base)]
-    conditions += [("+".join([s] if isinstance(s, str) else s), {**base, "ablate": s}) for s in chosen]
+    conditions = [INTACT, *asked_conditions(model, sets)]
+    store = ScoreStore() if store is None else store
+    options: dict[str, Any] = {"controls": controls, "store": store, "progress": progress}
+    every = score(model, several, conditions, **options)
+    names = row_names(every)
     report = AblationReport(
-        rows=[],
-        conditions=[name for name, _ in conditions],
-        loss=[],
-        rise=[],
-        rise_interval=[],
-        records=sum(suite.records for suite in several),
-        tokens=[],
-        settings={"interval": "95 % paired bootstrap over records", "bootstrap_draws": 2000, "seed": seed},
-    )
-    work = [(suite, given) for suite in several for _, given in conditions]
-    was_training = model.training
-    model.train(False)
-    try:
-        scores = [suite.score(model, given) for suite, given in track(work, "ablation", enabled=progress)]
-    finally:
-        model.train(was_training)
-    for i, suite in enumerate(several):
-        _add_rows(report, suite, scores[i * len(conditions) : (i + 1) * len(conditions)], seed)
+        rows=[], conditions=[c.name for c in conditions], score=[], rise=[], rise_interval=[],
+        records=sum(suite.records for suite in several), items=[],
+        members=[list(c.ablate) for c in conditions if not isinstance(c.ablate, Mapping)],
+        settings={
+            "interval": "95 % paired bootstrap over records", "bootstrap_draws": draws, "seed": seed,
+            "correction": "Holm, one family: all lines of the claim table", "routes": "free",
+            "controls": {name: str(value) for name, value in (controls or {}).items()},
+        },
+    )  # fmt: skip
+    for scores, shown in zip(every, names, strict=True):
+        _add_rows(report, scores, shown, draws, seed)
+    report.claims = claim_lines(every, names, draws=draws, seed=seed)
+    report.best = _best(model, every, names, conditions, validation, report.settings, draws, seed, options)
     return report
 
 
-def _add_rows(report: AblationReport, suite: Suite, scores: list[tuple[Array, Array]], seed: int) -> None:
-    sums = np.stack([s for s, _ in scores])  # [conditions, records, rows]
-    counts = scores[0][1]
+def asked_conditions(model: Any, sets: Literal["all"] | Sequence[str | Sequence[str]] | None) -> list[Condition]:
+    experts = expert_names(model)
+    if isinstance(sets, str):
+        if sets != "all":
+            raise ValueError(f'sets is {sets!r}, expected "all" or a list of sets')
+        return [Condition("+".join(group), group) for group in all_sets(experts)]
+    chosen = [(s,) if isinstance(s, str) else tuple(s) for s in (experts if sets is None else sets)]
+    return [Condition("+".join(group), group) for group in chosen]
 
-    def rises(weights: Array) -> Array:
-        means = ratio(np.einsum("crk,r->ck", sums, weights), weights @ counts)
-        return means - means[:1]
 
-    everyone = np.ones(suite.records)
-    low, high = bootstrap(suite.records, rises, seed=seed)
-    losses = ratio(sums.sum(1), counts.sum(0))
-    rise = rises(everyone)
-    for r, name in enumerate(suite.names):
-        if counts[:, r].sum() == 0:
-            continue
-        report.rows.append(name)
-        report.loss.append(losses[:, r].tolist())
-        report.rise.append(rise[:, r].tolist())
-        report.rise_interval.append(np.stack([low[:, r], high[:, r]], -1).tolist())
-        report.tokens.append(int(counts[:, r].sum()))
+def row_names(every: Sequence[Scores]) -> list[list[str]]:
+    """Names of the rows; with that of the task where two suites use the same one."""
+    plain = [name for scores in every for name in scores.suite.names]
+    if len(set(plain)) == len(plain):
+        return [list(scores.suite.names) for scores in every]
+    full = [[f"{scores.traits.task}: {name}" for name in scores.suite.names] for scores in every]
+    if len({name for names in full for name in names}) < len(plain):
+        full = [[f"{i + 1} {name}" for name in names] for i, names in enumerate(full)]
+    return full
+
+
+def _add_rows(report: AblationReport, scores: Scores, names: Sequence[str], draws: int, seed: int) -> None:
+    drawn = drawn_means(scores, draws=draws, seed=seed)
+    low, high = interval(drawn - drawn[:, :1])
+    means = scores.means
+    for row in scores.shown():
+        report.rows.append(names[row])
+        report.score.append(means[:, row].tolist())
+        report.rise.append((means[:, row] - means[0, row]).tolist())
+        report.rise_interval.append(np.stack([low[:, row], high[:, row]], -1).tolist())
+        report.items.append(int(scores.counts[:, row].sum()))
+        report.higher_is_better.append(scores.traits.higher_is_better)
+        report.units.append(scores.traits.unit)
+
+
+def _best(
+    model: MiCRoForCausalLM,
+    every: list[Scores],
+    names: list[list[str]],
+    conditions: Sequence[Condition],
+    validation: Suite | Sequence[Suite] | float | None,
+    settings: dict[str, Any],
+    draws: int,
+    seed: int,
+    options: dict[str, Any],
+) -> list[Line]:
+    """Best single ablation per row, chosen on validation and on the test."""
+    candidates = [c for c, condition in enumerate(conditions) if len(condition.ablate) == 1]
+    if not candidates:
+        return []
+    held: list[Scores] | None = None
+    if isinstance(validation, (int, float)):
+        parts = [split_records(scores, float(validation), seed) for scores in every]
+        held, every = [part[0] for part in parts], [part[1] for part in parts]
+        settings["validation"] = f"{validation:g} of the records; best ablations are reported on the others"
+    elif validation is not None:
+        given = list(validation) if isinstance(validation, Sequence) else [validation]
+        rows = [list(suite.names) for suite in given]
+        if rows != [list(scores.suite.names) for scores in every]:
+            raise ValueError(f"validation: one suite per suite, with the same rows in the same order; got {rows}")
+        held = score(model, given, conditions, what="validation", **options)
+        settings["validation"] = f"suites with {sum(suite.records for suite in given)} records"
+    lines: list[Line] = []
+    shared: dict[str, Any] = {"draws": draws, "seed": seed}
+    if held is not None:
+        lines += best_lines(held, every, names, candidates, chosen_on="validation", **shared)
+    return lines + best_lines(every, every, names, candidates, chosen_on="the test itself", **shared)

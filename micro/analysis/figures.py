@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from micro.errors import require
-from micro.experts import DISPLAY_ORDER, NAMES
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.ablation_report import AblationReport
     from micro.analysis.routing_report import RoutingReport
 
 GREY = "#5f6368"
@@ -109,20 +107,6 @@ def accuracy_figure(reports: Mapping[str, RoutingReport]) -> Figure:
     """Routing accuracy per layer of a model and its controls."""
     figure, axes = new_figure(6.6, 3.6)
     accuracy_panel(axes[0], reports)
-    return figure
-
-
-def ablation_figure(report: AblationReport) -> Figure:
-    """Rise of the loss (nats per token) for each domain and ablated set; experts in display order."""
-    columns = [c for c in range(len(report.conditions)) if report.conditions[c] != "none"]
-    rank = {name: i for i, name in enumerate(NAMES[e] for e in DISPLAY_ORDER)}
-    columns.sort(key=lambda c: rank.get(report.conditions[c], len(rank)))
-    rows = sorted(range(len(report.rows)), key=lambda r: rank.get(report.rows[r], len(rank)))
-    values = np.asarray(report.rise)[np.ix_(rows, columns)]
-    figure, axes = new_figure(1.6 + 1.2 * len(columns), 1.4 + 0.62 * len(rows))
-    names = [report.rows[r] for r in rows], [report.conditions[c] for c in columns]
-    heat_map(axes[0], values, *names, vmax=max(float(np.abs(values).max()), 1e-9), text="{:+.2f}", symmetric=True)
-    axes[0].set(xlabel="ablated", ylabel="domain of the tokens", title="Rise of the loss, nats per token")
     return figure
 
 

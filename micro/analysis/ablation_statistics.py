@@ -1,0 +1,216 @@
+"""What differs between conditions, and how surely: paired over the same items, beside the published unpaired test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from micro.analysis.ablation_scores import Scores, ratio_error
+from micro.analysis.published_tests import average, mcnemar, published_average, published_welch, stars
+from micro.analysis.statistics import Array, hierarchical_draws, holm, interval, permutation_p
+from micro.analysis.suites import SHARE
+from micro.errors import require
+
+DRAWS = 10_000
+AVERAGE = "Average"
+
+Line = dict[str, Any]
+
+
+def drawn_means(scores: Scores, *, draws: int = DRAWS, seed: int = 0) -> Array:
+    """Mean scores [draws, C, K] under resampling of records, the same resample for every condition."""
+    return hierarchical_draws([np.arange(len(scores.counts))], scores.weighted, draws=draws, seed=seed)
+
+
+def paired_errors(scores: Scores) -> Array:
+    """Standard errors [C,K] of the differences to the first condition, over records."""
+    return ratio_error(scores.sums - scores.sums[:1], np.broadcast_to(scores.counts, scores.sums.shape))
+
+
+def items_are_right_or_wrong(scores: Scores, row: int) -> bool:
+    """Whether every record is one item of this row at most, and its score 0 or 1: what McNemar's test is for."""
+    counts = scores.counts[:, row]
+    return bool(np.isin(counts, (0, 1)).all() and np.isin(scores.sums[:, counts > 0, row], (0, 1)).all())
+
+
+def claim_lines(every: Sequence[Scores], names: Sequence[Sequence[str]], *, draws: int, seed: int) -> list[Line]:
+    """One line per row and condition but the first, and those of the average; Holm's correction over all of them.
+
+    Args:
+        every: scores of each suite; the first condition is the intact model.
+        names: shown names of the rows of each suite.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        Lines with the keys of :meth:`AblationReport.tests`; None where a number is not defined.
+    """
+    lines: list[Line] = []
+    for scores, shown in zip(every, names, strict=True):
+        drawn = drawn_means(scores, draws=draws, seed=seed)
+        errors, paired = scores.errors(), paired_errors(scores)
+        for row in scores.shown():
+            lines += [
+                _line(scores, row, c, shown[row], drawn[..., row], errors[:, row], paired[:, row])
+                for c in range(1, len(scores.conditions))
+            ]
+    lines += _average_lines(every)
+    for line, p in zip(lines, holm([line["p"] for line in lines]), strict=True) if lines else ():
+        line["p_holm"] = float(p)
+    return [{key: None if value != value else value for key, value in line.items()} for line in lines]  # NaN
+
+
+def _line(scores: Scores, row: int, c: int, name: str, drawn: Array, errors: Array, paired: Array) -> Line:
+    about, means = scores.traits, scores.means[:, row]
+    factor, present = about.factor, scores.counts[:, row] > 0
+    rise = means[c] - means[0]
+    low, high = interval(drawn[:, c] - drawn[:, 0])
+    if items_are_right_or_wrong(scores, row):
+        test, p = "exact McNemar", mcnemar(scores.sums[0, present, row], scores.sums[c, present, row])
+    else:
+        test, p = (
+            "paired bootstrap",
+            float(permutation_p(rise, drawn[:, c] - drawn[:, 0] - rise, alternative="two-sided")),
+        )
+    line = {
+        "task": name, "ablated": scores.conditions[c].name, "unit": "points" if about.unit == SHARE else about.unit,
+        "records": int(present.sum()), "items": int(scores.counts[:, row].sum()),
+        "intact": means[0] * factor, "score": means[c] * factor, "intact_se": errors[0] * factor,
+        "score_se": errors[c] * factor, "change": rise * factor, "se": paired[c] * factor, "low": float(low) * factor,
+        "high": float(high) * factor, "test": test, "p": p,
+    }  # fmt: skip
+    return {key: float(value) if isinstance(value, np.floating) else value for key, value in line.items()} | _published(
+        means[c], errors[c], means[0], errors[0], float(present.sum()), factor
+    )
+
+
+def _published(score: float, se: float, intact: float, intact_se: float, n: float, factor: float) -> Line:
+    """The published columns: records stand for its items."""
+    if n < 2:
+        return dict.fromkeys(("published_se", "published_t", "published_df", "published_p"), float("nan")) | {
+            "published_stars": ""
+        }
+    welch = published_welch(score, se, n, intact, intact_se, n)
+    return {
+        "published_se": float(welch.se) * factor,
+        "published_t": float(welch.t),
+        "published_df": float(welch.df),
+        "published_p": float(welch.p),
+        "published_stars": stars(float(welch.p)),
+    }
+
+
+def _average_lines(every: Sequence[Scores]) -> list[Line]:
+    """The mean over tasks whose score is a share, all items of a task pooled; tasks are independent, so errors add up
+    as squares.
+    """
+    tasks = [_pooled(scores) for scores in every if scores.traits.unit == SHARE]
+    if len(tasks) < 2:
+        return []
+    made = []
+    for c in range(1, len(tasks[0].conditions)):
+        nothing = np.zeros((1, len(tasks[0].conditions)))  # these lines' own intervals and tests are not used
+        some = [_line(t, 0, c, "", nothing, t.errors()[:, 0], paired_errors(t)[:, 0]) for t in tasks]
+        made.append(_average_line(tasks[0].conditions[c].name, some))
+    return made
+
+
+def _pooled(scores: Scores) -> Scores:
+    """All rows of a task as one, without a row that repeats the others (``joint`` of the suite)."""
+    joint = getattr(scores.suite, "joint", None)
+    rows = [k for k in range(scores.counts.shape[1]) if k != joint]
+    sums, counts = scores.sums[..., rows].sum(-1, keepdims=True), scores.counts[:, rows].sum(-1, keepdims=True)
+    return replace(scores, sums=sums, counts=counts)
+
+
+def _average_line(ablated: str, some: Sequence[Line]) -> Line:
+    n = [line["records"] for line in some]
+    ours = {
+        name: average([x[name] for x in some], [x[error] for x in some], n)
+        for name, error in (("intact", "intact_se"), ("score", "score_se"), ("change", "se"))
+    }
+    change, se = ours["change"].mean, ours["change"].se
+    normal = require("scipy.stats", "eval", "the average's test").norm
+    p = float(2 * normal.sf(abs(change) / se)) if se > 0 else float("nan") if change else 1.0
+    old, new = (
+        published_average([x[name] for x in some], [x[error] for x in some], n)
+        for name, error in (("intact", "intact_se"), ("score", "score_se"))
+    )
+    line = {
+        "task": AVERAGE, "ablated": ablated, "unit": "points", "records": int(ours["score"].n),
+        "items": sum(x["items"] for x in some), "intact": ours["intact"].mean, "score": ours["score"].mean,
+        "intact_se": ours["intact"].se, "score_se": ours["score"].se, "change": change, "se": se,
+        "low": change - 1.959964 * se, "high": change + 1.959964 * se, "test": "z of the mean", "p": p,
+    }  # fmt: skip
+    return line | _published(new.mean, new.se, old.mean, old.se, new.n, 1.0)
+
+
+def best_lines(
+    choose: Sequence[Scores],
+    report: Sequence[Scores],
+    names: Sequence[Sequence[str]],
+    candidates: Sequence[int],
+    *,
+    chosen_on: str,
+    draws: int,
+    seed: int,
+) -> list[Line]:
+    """For each row the condition with the best score on ``choose``, and what it gives on ``report``.
+
+    Args:
+        choose: scores that decide, suite by suite.
+        report: scores that are reported; the same object where the choice is optimistic.
+        names: shown names of the rows of each suite.
+        candidates: conditions that may be chosen.
+        chosen_on: what ``choose`` is, in words.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        Lines with task, best, chosen_on, optimistic, unit, intact, score, change, low, high.
+    """
+    lines: list[Line] = []
+    for deciding, scores, shown in zip(choose, report, names, strict=True):
+        drawn = drawn_means(scores, draws=draws, seed=seed)
+        factor = scores.traits.factor
+        for row in sorted({*scores.shown()} & {*deciding.shown()}):
+            worth = scores.traits.sign * deciding.means[list(candidates), row]
+            c = candidates[int(np.argmax(worth))]
+            means = scores.means[:, row] * factor
+            low, high = interval((drawn[:, c, row] - drawn[:, 0, row]) * factor)
+            lines.append(
+                {
+                    "task": shown[row],
+                    "best": scores.conditions[c].name,
+                    "chosen_on": chosen_on,
+                    "optimistic": deciding is scores,
+                    "unit": "points" if scores.traits.unit == SHARE else scores.traits.unit,
+                    "intact": float(means[0]),
+                    "score": float(means[c]),
+                    "change": float(means[c] - means[0]),
+                    "low": float(low),
+                    "high": float(high),
+                }
+            )
+    return lines
+
+
+def split_records(scores: Scores, share: float, seed: int) -> tuple[Scores, Scores]:
+    """(validation, test): ``share`` of the records, drawn at random, and the others.
+
+    Raises:
+        ValueError: a part would have no record.
+    """
+    records = len(scores.counts)
+    order = np.random.default_rng(seed).permutation(records)
+    cut = round(records * share)
+    if not 0 < share < 1 or cut in (0, records):
+        raise ValueError(
+            f"validation: a share must lie between 0 and 1 and leave records on both sides, got {share} of {records}"
+        )
+    parts = [np.sort(order[:cut]), np.sort(order[cut:])]
+    first, second = (replace(scores, sums=scores.sums[:, part], counts=scores.counts[part]) for part in parts)
+    return first, second

@@ -1,0 +1,304 @@
+"""Ablations of whole models: routes replayed and free, conditions as rows of one batch, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_models import ALL_FOUR, random_ids, small_model
+
+from micro import analysis, data, ops
+from micro.analysis.ablation_scores import ScoreStore
+from micro.analysis.replayed_routes import record_routes, replayed_routes, without
+from micro.cli import main as cli
+from micro.evaluation.candidates import CandidateScorer
+from micro.experts import NAMES
+from micro.modeling.controls import ControlReader
+from micro.testing import tiny_tokenizer
+
+REPLAY_SETS = ["logic", ["social", "language"], {0: ["world"], 1: ["logic", "social"]}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def records():
+    return data.generate(6, split="test", seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return small_model(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def suite(records, tokenizer):
+    return analysis.LossSuite(records, tokenizer, max_tokens=256)
+
+
+def padded(rows=3, slots=9):
+    mask = torch.ones(rows, slots, dtype=torch.long)
+    mask[1, :4] = 0
+    return {"input_ids": random_ids(rows, slots), "attention_mask": mask, "use_cache": False}
+
+
+def ablated(model, value):
+    return ControlReader(model.config).tensor("ablate", value)
+
+
+# ---------------------------------------------------------------- the choices that are replayed
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("ablate", REPLAY_SETS)
+def test_choices_of_the_intact_run_with_the_next_best_in_place_of_ablated_ones(k, ablate):
+    model = small_model()
+    intact = model(**padded(), experts_per_token=k, output_routing=True).routing
+    gone = ablated(model, ablate).expand(1, 2, 1, 4)
+    got = without(intact, gone)
+    logits = intact.logits.masked_fill(gone.transpose(0, 1).expand(intact.logits.shape), -torch.inf)
+    want = ops.route(logits.flatten(0, 2), k)
+    weighted = want.weights.view(got.ids.shape) > 0  # surplus places hold anybody
+    assert torch.equal(got.ids[weighted], want.ids.view(got.ids.shape)[weighted])
+    left = ~torch.gather(gone.transpose(0, 1).expand(intact.logits.shape), -1, intact.ids.long())
+    untouched = left.all(-1)
+    assert torch.equal(got.ids[untouched], intact.ids[untouched])
+    assert (got.ids.long().sort(-1).values.diff(dim=-1) > 0).all()  # nobody twice
+
+
+@pytest.mark.parametrize(("backbone", "kind"), ALL_FOUR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_without_ablation_is_bit_identical(backbone, kind, dtype):
+    model = small_model(backbone, kind, dtype=dtype)
+    for k in (1, 2):
+        plain = model(**padded(), experts_per_token=k).logits
+        with record_routes(model) as routes:
+            recorded = model(**padded(), experts_per_token=k).logits
+        with replayed_routes(model, routes):
+            again = model(**padded(), experts_per_token=k).logits
+            assert len(routes.calls) == 1
+        assert torch.equal(plain, recorded) and torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("kind", ["block", "ffn"])
+def test_replayed_and_free_routes_agree_in_the_first_layer_and_replayed_ones_hold_behind_it(kind):
+    model = small_model(kind=kind, num_hidden_layers=4)
+    intact = model(**padded(), output_routing=True).routing
+    with record_routes(model) as routes:
+        model(**padded())
+    free = model(**padded(), ablate="logic", output_routing=True).routing
+    with replayed_routes(model, routes):
+        replayed = model(**padded(), ablate="logic", output_routing=True).routing
+    assert torch.equal(free.ids[0], replayed.ids[0])
+    held = (intact.ids != 0) & intact.mask[None, :, :, None]
+    assert torch.equal(replayed.ids[held], intact.ids[held])
+    assert not (replayed.ids[intact.mask.expand(4, -1, -1)] == 0).any()
+    assert not torch.equal(free.ids[held], intact.ids[held])  # else the test shows nothing
+    # By hand: the same as forcing every single choice.
+    forced = model(**padded(), force=without(intact, ablated(model, "logic")).ids[..., 0].transpose(0, 1).long())
+    with replayed_routes(model, routes):
+        got = model(**padded(), ablate="logic").logits[intact.mask]
+    assert torch.allclose(got, forced.logits[intact.mask], rtol=1e-6, atol=1e-6)  # 1e-9 in the weights
+
+
+def test_held_choices_keep_their_weight_when_the_router_no_longer_wants_them():
+    model = small_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.out_proj.weight.mul_(300)  # probabilities of other states fall far below 1e-9
+    with record_routes(model) as routes:
+        model(**padded())
+    with replayed_routes(model, routes):
+        trace = model(**padded(), ablate="logic", output_routing=True).routing
+    assert float(trace.weights[trace.mask.expand(2, -1, -1)].min()) > 1 - 1e-8
+
+
+@pytest.mark.parametrize("rule", ["renormalized", "probability"])
+def test_two_experts_per_token_are_weighed_by_the_router_as_it_is(rule):
+    model = small_model(weight_rule=rule)
+    with record_routes(model) as routes:
+        intact = model(**padded(), experts_per_token=2, output_routing=True).routing
+    with replayed_routes(model, routes):
+        got = model(**padded(), experts_per_token=2, ablate="social", output_routing=True).routing
+    z = got.raw_logits.clone()
+    z[..., NAMES.index("social")] = -torch.inf
+    want = z.softmax(-1).gather(-1, got.ids.long())
+    if rule == "renormalized":
+        want = want / want.sum(-1, keepdim=True)
+    real = intact.mask.expand(2, -1, -1)
+    assert torch.allclose(got.weights[real], want[real], atol=1e-7)
+    planned = without(intact, ablated(model, "social")).ids
+    assert torch.equal(got.ids[real].sort(-1).values, planned[real].sort(-1).values)
+
+
+def test_calls_with_a_cache_are_replayed_too():
+    model = small_model()
+    ids = random_ids(2, 10)
+
+    def chunks(**controls):
+        cache, parts = None, []
+        for part in (ids[:, :4], ids[:, 4:9], ids[:, 9:]):
+            out = model(part, past_key_values=cache, use_cache=True, **controls)
+            cache = out.past_key_values
+            parts.append(out.logits)
+        return torch.cat(parts, 1)
+
+    with record_routes(model) as routes:
+        intact = chunks()
+    with replayed_routes(model, routes):
+        assert torch.equal(chunks(), intact)
+    with replayed_routes(model, routes):
+        in_chunks = chunks(ablate="world")
+    with record_routes(model) as whole:
+        model(ids, use_cache=False)
+    with replayed_routes(model, whole):
+        assert torch.equal(in_chunks, model(ids, use_cache=False, ablate="world").logits)
+
+
+class Choices:
+    """Forced choices whose prompts share a beginning, which the scorer reads once and keeps."""
+
+    task, names, records, higher_is_better, chance = "choices", ["right"], 6, True, 0.5
+
+    def score(self, model, controls):
+        ids = random_ids(6, 20).tolist()
+        pairs = [([3, 4, 5] * 8 + row[:12], row[k:20]) for row in ids for k in (12, 16)]
+        scores = CandidateScorer(model, controls=controls, max_tokens=200).score_ids(pairs)
+        right = [a.value("tokens") > b.value("tokens") for a, b in zip(scores[::2], scores[1::2], strict=True)]
+        return np.array(right, float)[:, None], np.ones((6, 1))
+
+
+def test_a_scorer_that_reuses_prefixes_is_replayed():
+    model = small_model(num_hidden_layers=3)
+    report = analysis.routing_compensation(model, Choices(), draws=20)
+    assert report.exact and [line["unit"] for line in report.lines] == ["points"] * 4
+    one, scorer = random_ids(1, 9).tolist()[0], CandidateScorer(model, controls={"ablate": "logic"})
+    pair = [(one[:5], one[5:])]
+    with record_routes(model) as routes:
+        CandidateScorer(model).score_ids(pair)
+    with replayed_routes(model, routes):
+        in_parts = scorer.score_ids(pair)[0].logprob
+    with record_routes(model) as routes:
+        model(torch.tensor([one]))
+    with replayed_routes(model, routes):
+        logits = model(torch.tensor([one]), ablate="logic").logits[0].detach().log_softmax(-1)
+    assert in_parts == pytest.approx(float(sum(logits[t - 1, one[t]] for t in range(5, 9))), abs=1e-9)
+
+
+def test_other_texts_or_another_number_of_calls_are_refused_and_nothing_stays():
+    model = small_model()
+    with record_routes(model) as routes:
+        model(**padded())
+    with pytest.raises(ValueError, match="other input"), replayed_routes(model, routes):
+        model(random_ids(3, 9, seed=2))
+    with pytest.raises(ValueError, match="fewer forward passes"), replayed_routes(model, routes):
+        pass
+    with pytest.raises(ValueError, match="every expert"), replayed_routes(model, routes):
+        model(**padded(), keep=[])
+    trace = model(**padded(), output_routing=True).routing
+    with pytest.raises(ValueError, match="routes already"), replayed_routes(model, routes):
+        model(**padded(), replay=trace)
+    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
+    assert model(**padded(), ablate="logic").logits.isfinite().any()
+
+
+# ---------------------------------------------------------------- reports of whole models
+def test_conditions_as_rows_of_one_batch_have_the_bits_of_single_ones(model, suite):
+    conditions = [{}, {"ablate": "logic"}, {"ablate": {1: ["world"]}}, {"ablate": ["logic", "social"]}]
+    many = suite.score_many(model, conditions)
+    for (sums, counts), controls in zip(many, conditions, strict=True):
+        one_sums, one_counts = suite.score(model, controls)
+        assert np.array_equal(sums, one_sums) and np.array_equal(counts, one_counts)
+    mixed = [{"experts_per_token": 2}, {"ablate": "logic"}]  # not only ablate differs: one after the other
+    assert np.array_equal(suite.score_many(model, mixed)[0][0], suite.score(model, mixed[0])[0])
+
+
+def test_free_and_replayed_ablations_of_a_model_and_what_routing_makes_up_for(model, suite, tmp_path):
+    store = ScoreStore(tmp_path / "scores")
+    report = analysis.routing_compensation(model, suite, draws=200, store=store)
+    assert report.exact
+    assert len(report.lines) == 16 and any(line["compensation"] != 0 for line in report.lines)
+    free = analysis.ablation(model, suite, draws=200, store=store)
+    for line in report.lines:
+        row, condition = free.rows.index(line["task"]), free.conditions.index(line["ablated"])
+        assert line["free"] == pytest.approx(free.rise[row][condition], abs=1e-12)
+        assert line["compensation"] == pytest.approx(line["replayed"] - line["free"])
+        assert line["low"] <= line["compensation"] <= line["high"]
+        assert line["p"] <= line["p_holm"] <= 1
+    report.save(tmp_path)
+    assert analysis.CompensationReport.load(tmp_path) == report
+    assert len(report.plot().axes) == 4
+    files = len(list((tmp_path / "scores").glob("*.npz")))
+    assert files == 10  # intact and four sets, both ways
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    again = ScoreStore(tmp_path / "scores")
+    handle = model.model.register_forward_pre_hook(refuse)
+    assert analysis.routing_compensation(model, suite, draws=200, store=again) == report
+    handle.remove()
+
+
+def test_routing_compensates_where_it_is_planted(tokenizer, records):
+    """Layer 1 chooses the harmless expert only where layer 0's output asks for it: replayed routes cannot."""
+    model = small_model(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=3)
+    suite = analysis.LossSuite(records, tokenizer)
+    one_layer = {0: ["language"]}
+    with record_routes(model) as routes:
+        suite.score(model, {})
+    with replayed_routes(model, routes):
+        replayed = suite.score(model, {"ablate": one_layer})[0]
+    free = suite.score(model, {"ablate": one_layer})[0]
+    assert not np.array_equal(free, replayed)
+    # Routers of later layers that see nothing (logits all 0) cannot compensate: both ways are the same, bit for bit.
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.router.out_proj.weight.zero_()
+    with record_routes(model) as routes:
+        suite.score(model, {})
+    with replayed_routes(model, routes):
+        replayed = suite.score(model, {"ablate": one_layer})[0]
+    assert np.array_equal(suite.score(model, {"ablate": one_layer})[0], replayed)
+
+
+def test_cells_and_shapley_values_of_a_model(model, suite):
+    store = ScoreStore()
+    cells = analysis.cell_map(model, suite, store=store)
+    assert np.shape(cells.rise) == (4, 2, 4) and len(cells.whole) == 16
+    for row, cell in ((0, (0, 1)), (3, (1, 3))):
+        sums, counts = suite.score(model, {"ablate": {cell[0]: [NAMES[cell[1]]]}})
+        base = suite.score(model, {})[0]
+        k = suite.names.index(cells.rows[row])
+        want = (sums - base)[:, k].sum() / counts[:, k].sum()
+        assert cells.rise[row][cell[0]][cell[1]] == pytest.approx(want, abs=1e-9)
+    values = analysis.expert_shapley(model, suite, draws=100, store=store)
+    size = model.config.vocab_size
+    for r in range(4):
+        assert sum(values.values[r]) == pytest.approx(values.worth[r][15] + np.log(size), abs=1e-9)
+
+
+def test_the_command_writes_every_report(model, tokenizer, records, tmp_path, capsys, monkeypatch):
+    folder, file, out = tmp_path / "model", tmp_path / "records.jsonl", tmp_path / "out"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data.save_records(records, file)
+    arguments = ["ablate", str(folder), "--data", str(file), "-o", str(out)]
+    drawn = []
+    monkeypatch.setattr("micro.cli.ablate.save_figure", lambda figure, path: drawn.append(path.name))
+    options = ["--sets", "all", "--shapley", "--replayed", "--validation", "0.5", "--json"]
+    assert cli.run([*arguments, *options]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == ["ablation", "shapley", "routing_compensation"]
+    assert len(printed["ablation"]["conditions"]) == 15
+    assert drawn == ["ablation", "ablation_bars", "shapley", "routing_compensation"]
+    assert {p.name for p in out.iterdir()} == {"scores", "ablation_tests.csv", "ablation_best.csv"} | {
+        f"{name}.{suffix}" for name in printed for suffix in ("json", "csv")
+    }
+    assert cli.run([*arguments, "--cells", "--validation", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert "cells with q <= 0.05" in shown.out and "validation" in shown.out and drawn[-1] == "cells"
+    assert "conditions were scored before" in shown.err  # those of the first run
+    assert cli.run([*arguments, "--sets", "all", "--set", "logic"]) == 2
+    assert "--sets" in capsys.readouterr().err
