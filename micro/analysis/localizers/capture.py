@@ -50,11 +50,11 @@ class Capture:
 
     def shape(self, model: MiCRoForCausalLM) -> tuple[int, int, int]:
         """(L, E, W) of the units; E is 1 where a row belongs to a token and not to an expert."""
-        from micro.interventions import points
+        from micro.interventions.points import axis, width
 
         config = model.config
         point: Any = self.unit
-        return int(config.num_hidden_layers), points.axis(config, point), points.width(config, point)
+        return int(config.num_hidden_layers), axis(config, point), width(config, point)
 
     def pooled(
         self, model: MiCRoForCausalLM, rows: Sequence[Sequence[int]], what: str = "localizer"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from micro.analysis.figures import GREY, new_figure
+from micro.experts import DISPLAY_ORDER, NAMES
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -42,24 +43,34 @@ def localizer_figure(result: LocalizerResult) -> Figure:
         ax.set_ylabel("selected, % of the cell's units", fontsize=9)
     for ax in axes[max(0, len(order) - columns) : len(order)]:
         ax.set_xlabel("layer", fontsize=9)
-    top = f"top {100 * result.selected / result.units:.3g} % of {result.units:,} units ({result.unit})"
+    what = f"{_which(result.settings.get('range'))} {expected:.3g} % of {result.units:,} units ({result.unit})"
     name = result.localizer.replace("_", " ")
-    figure.suptitle(f"{name} localizer, {top}; grey: 95 % of random masks, dashed: their mean", fontsize=10)
+    figure.suptitle(f"{name} localizer, {what}; grey: 95 % of random masks, dashed: their mean", fontsize=10)
     return figure
+
+
+def _which(band: list[float] | None) -> str:
+    """The words for which units were selected."""
+    if band is None:
+        return "top"
+    return "lowest" if list(band) == [0, 0] else f"percentiles {band[0]:g} to {band[1]:g}, random"
 
 
 def lesion_figure(result: LesionResult) -> Figure:
     """Harm of the lesion (mark) among those of the random masks (dots), a line per row."""
     figure, axes = new_figure(6.4, 1.4 + 0.55 * len(result.rows))
     ax = axes[0]
-    heights = np.arange(len(result.rows))[::-1]
-    for height, harm, random in zip(heights, result.harm, result.random, strict=True):
+    rank = {name: i for i, name in enumerate(NAMES[e] for e in DISPLAY_ORDER)}
+    order = sorted(range(len(result.rows)), key=lambda r: rank.get(result.rows[r], len(rank)))
+    heights = np.arange(len(order))[::-1]
+    for height, row in zip(heights, order, strict=True):
+        harm, random = result.harm[row], result.random[row]
         jitter = np.linspace(-0.18, 0.18, len(random)) if len(random) > 1 else np.zeros(1)
         first = height == heights[0]
         ax.scatter(random, height + jitter, s=14, color="#9aa0a6", label="random units" if first else None)
         ax.scatter([harm], [height], s=70, marker="D", color="#c5221f", zorder=3, label="lesion" if first else None)
     ax.axvline(0, color=GREY, linewidth=1)
-    ax.set_yticks(heights, result.rows)
+    ax.set_yticks(heights, [result.rows[r] for r in order])
     ax.set(ylim=(-0.6, len(heights) - 0.4), xlabel=f"harm, {result.scale}")
     title = f"Lesion of {result.selected:,} of {result.units:,} units, {len(result.random[0])} random masks"
     ax.set_title(title, fontsize=10)

@@ -145,6 +145,11 @@ class LocalizerResult(Result):
             f"{self.selected} of {self.units} units ({self.unit}) selected; "
             f"{self.significant} with t > 0 and q <= {self.settings.get('q', 0.05):g}",
         ]
+        if self.selected > self.settings.get("k", self.selected):
+            lines.append(
+                f"{self.settings['k']} distinct values of t were asked for; units that tie share one, as those of "
+                "identical experts do"
+            )
         if self.specificity is not None:
             found = self.specificity
             lines.append(

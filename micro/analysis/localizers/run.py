@@ -133,7 +133,7 @@ def localize(
     stimuli = find_stimuli(localizer)
     capture = Capture(unit, mode, pooling or stimuli.pooling, max_bytes, dict(controls or {}), progress)
     selection = Selection(percent if units is None else None, units, range, ranking, q, significant_only, seed)
-    wanted_units(selection.percent, units, _ranked_units(capture, selection, model))  # before any work is done
+    wanted = wanted_units(selection.percent, units, _ranked_units(capture, selection, model))
     rows = _tokens(tokenizer, stimuli, stimuli.positive, stimuli.negative)
     found = _activations(model, capture, rows, absolute=absolute, keep=permutations > 0)
     result = _summary(model, stimuli, capture, selection, found, random_draws)
@@ -146,6 +146,7 @@ def localize(
         other = _activations(model, capture, rows, absolute=absolute, keep=False)
         _add_distractors(result, other, selection)
     result.settings |= {
+        "k": wanted * (1 if ranking == "global" else len(result.counts)),
         "mode": mode,
         "pooling": capture.pooling,
         "max_tokens": stimuli.max_tokens,

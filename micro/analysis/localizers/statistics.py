@@ -44,15 +44,22 @@ class Moments:
 
     def add(self, block: Array) -> None:
         """Take in stimuli ``[n, ...units]``; NaN means that the stimulus has no value for that unit."""
-        valid = ~np.isnan(block)
+        missing = np.isnan(block)
+        holes = bool(missing.any())
+        added = len(block) - missing.sum(0) if holes else np.full(block.shape[1:], len(block))
         new = np.isnan(self.first)
         if new.any():
-            earliest = np.take_along_axis(block, valid.argmax(0)[None], 0)[0]
+            earliest = np.take_along_axis(block, missing.argmin(0)[None], 0)[0]
             self.first = np.where(new, earliest, self.first)
-        relative = np.where(valid, block - self.first, 0.0)
-        added = valid.sum(0)
-        mean = relative.sum(0) / np.maximum(added, 1)
-        squares = np.where(valid, (relative - mean) ** 2, 0.0).sum(0)
+        work = block - self.first
+        if holes:
+            work[missing] = 0.0
+        mean = work.sum(0) / np.maximum(added, 1)
+        work -= mean
+        work *= work
+        if holes:
+            work[missing] = 0.0
+        squares = work.sum(0)
         total = self.count + added
         share = added / np.maximum(total, 1)
         delta = mean - self._mean

@@ -152,6 +152,17 @@ def test_planted_units_are_found_in_their_expert(planted, mode):
     assert result.counts[1][1] == 6 and result.rate[1][1] == pytest.approx(6 / 40)
 
 
+def test_experts_that_are_copies_tie_and_the_result_says_so():
+    model = small_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for parameter in layer.blocks.parameters():
+                parameter.copy_(parameter[:1].expand_as(parameter))
+    result = analysis.localize(model, Words(), pair(), percent=10, permutations=0, random_draws=10)
+    assert result.settings["k"] == 25 and result.selected == 100 and result.share == [0.25] * 4
+    assert "25 distinct values of t were asked for" in str(result)
+
+
 def test_layers_can_be_ranked_by_themselves(planted):
     model, stimuli, mask = planted
     result = analysis.localize(
