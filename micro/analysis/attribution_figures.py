@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,22 +24,21 @@ def attribution_figure(report: AttributionReport) -> Figure:
         (axes[0], report.share, "Share of the decision"),
         (axes[1], report.share_random, "The same, random routers"),
     ):
-        _shares(ax, np.asarray(values, dtype=float), report, high)
+        image = _shares(ax, np.asarray(values, dtype=float), report, high)
         ax.set(title=title, xlabel="layer of the router")
+    axes[1].set_yticks([])
+    figure.colorbar(image, ax=axes[1], shrink=0.6)
     _entanglement(axes[2], report)
     return figure
 
 
-def _shares(
-    ax: Axes, share: np.ndarray[tuple[int, ...], np.dtype[np.float64]], report: AttributionReport, high: float
-) -> None:
+def _shares(ax: Axes, share: Any, report: AttributionReport, high: float) -> Any:
     reachable = np.asarray(report.influence) > 0
     image = ax.imshow(np.where(reachable, share, np.nan).T, cmap="RdBu_r", vmin=-high, vmax=high, aspect="auto")
     ax.set_yticks(range(len(report.writers)), report.writers, fontsize=8 if len(report.writers) < 25 else 5)
     ax.set_xticks(range(len(share)), [str(l) for l in range(len(share))])
     ax.spines[:].set_visible(False)
-    if ax.figure is not None:
-        ax.figure.colorbar(image, ax=ax, shrink=0.6)
+    return image
 
 
 def _entanglement(ax: Axes, report: AttributionReport) -> None:
@@ -66,6 +65,7 @@ def _entanglement(ax: Axes, report: AttributionReport) -> None:
         ax.plot([place - 0.5, place + 0.5], [size - 0.2, size - 0.2], color=colour, linewidth=4, clip_on=False)
         ax.plot([-0.8, -0.8], [place - 0.5, place + 0.5], color=colour, linewidth=4, clip_on=False)
     ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    ax.tick_params(pad=7, length=0)
     ax.spines[:].set_visible(False)
     ax.set(
         xlabel="promoted cell, by layer", ylabel="chosen cell, by layer", title="Who leads to whom (change of logit)"

@@ -239,10 +239,10 @@ class _Table:
         counts = scores[0][1]
         differences = sums - sums[:1]
         count = len(self.sets)
-        change = _mean_change(differences[1 : count + 1], counts)
+        change = mean_change(differences[1 : count + 1], counts)
         everyone = np.ones(suite.records)
         low, high = bootstrap(suite.records, change, draws=self.draws, seed=self.seed)
-        own, p = change(everyone), _sign_flips(differences[1 : count + 1], counts, self.draws, self.seed)
+        own, p = change(everyone), sign_flips(differences[1 : count + 1], counts, self.draws, self.seed)
         all_changes = ratio(differences.sum(1), counts.sum(0))
         score = ratio(np.asarray(scores[0][0].sum(0)), counts.sum(0))
         for k, name in enumerate(suite.names):
@@ -294,7 +294,7 @@ def _control(observed: float, drawn: Array) -> dict[str, float | None]:
     return {"random": float(drawn.mean()), "random_low": low, "random_high": high, "random_p": p}
 
 
-def _sign_flips(differences: Array, counts: Array, draws: int, seed: int) -> Array:
+def sign_flips(differences: Array, counts: Array, draws: int, seed: int) -> Array:
     """Two-sided p of sum over records of differences [C,records,K] being 0, by flipping the sign of whole records
     (Fisher's randomisation test for pairs).
     """
@@ -378,7 +378,7 @@ def bias_curves(
     out = []
     for i, name in enumerate(chosen):
         some = found[i * len(values) : (i + 1) * len(values)]
-        change = _mean_change(np.stack([free[0] - sums for sums, _, _ in some]), free[1])  # minus a loss
+        change = mean_change(np.stack([free[0] - sums for sums, _, _ in some]), free[1])  # minus a loss
         low, high = bootstrap(len(records), change, draws=draws, seed=seed)
         out.append(
             {
@@ -391,7 +391,7 @@ def bias_curves(
     return out
 
 
-def _mean_change(differences: Array, counts: Array) -> Callable[[Array], Array]:
+def mean_change(differences: Array, counts: Array) -> Callable[[Array], Array]:
     """Weights of records -> mean of differences [N,records,K] over items [records,K]."""
     return lambda weights: ratio(np.einsum("brk,r->bk", differences, weights), weights @ counts)
 
