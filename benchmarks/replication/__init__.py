@@ -1,0 +1,1 @@
+"""The paper's claims at small scale: arms, runs, measurements, verdicts."""
