@@ -22,7 +22,7 @@ def trace_view(title: str, tokenizer: Any, ids: list[int], trace: Any, *, row: i
     """View of one row of a :class:`~micro.modeling.RoutingTrace`; ids beyond the trace are left out."""
     slots = min(len(ids), trace.probs.shape[2])
     probs = trace.probs[:, row, :slots].float().cpu().numpy()
-    names = default_names(probs.shape[-1])
+    names = trace.expert_names or default_names(probs.shape[-1])
     return TokenView(title, token_texts(ids[:slots], tokenizer), probs, names, prompt_length=prompt)
 
 
@@ -53,5 +53,5 @@ def text_view(
     tensor = torch.as_tensor(ids).reshape(1, -1)
     trace = model.model(input_ids=tensor.to(model.device), use_cache=False, output_routing=True, **controls).routing
     view = trace_view(title, tokenizer, tensor[0].tolist(), trace)
-    view.experts = list(model.config.expert_names or ())
+    view.experts = list(model.config.expert_names or view.experts)
     return view
