@@ -293,6 +293,24 @@ TEST(Emulator, WarpWithoutItsBarrier) {
   EXPECT_TRUE(says(fault_of(turn_in_warp<Between::kShuffle>), kUnordered)) << "a shuffle orders no memory";
 }
 
+// A lane may only write over what another has read once a barrier has parted the two.
+template <bool kRight>
+void overwrite_in_warp(Arrays p) {
+  auto& s = shared_memory<Row>();
+  const int t = static_cast<int>(threadIdx.x);
+  s.cells.store(t, load(p.x + t));
+  __syncwarp();
+  const float value = s.cells.load(t ^ 1);
+  if (kRight) __syncwarp();
+  s.cells.store(t, value + 1);
+  __syncwarp();
+  store(p.y + t, s.cells.load(t ^ 1));
+}
+
+TEST(Emulator, ReadsThatAWarpBarrierParts) {
+  expect_caught(kUnordered, overwrite_in_warp<false>, overwrite_in_warp<true>);
+}
+
 // __syncwarp orders the lanes of one warp, not two warps.
 template <bool kRight>
 void turn_between_warps(Arrays p) {
@@ -305,6 +323,17 @@ void turn_between_warps(Arrays p) {
 
 TEST(Emulator, WarpBarrierBetweenWarps) {
   expect_caught(kUnordered, turn_between_warps<false>, turn_between_warps<true>);
+}
+
+// ---- errors of the runtime -----------------------------------------------------------------------------------------
+
+TEST(Emulator, WhatTheRuntimeSays) {
+  EXPECT_EQ(to_status(cudaErrorNoKernelImageForDevice), Status::kNoImage);
+  EXPECT_EQ(to_status(cudaErrorNoDevice), Status::kNoDriver);
+  EXPECT_EQ(to_status(cudaErrorInsufficientDriver), Status::kNoDriver) << "the stub that stands where no driver is";
+  emu::driver_version = 11'000;
+  EXPECT_EQ(to_status(cudaErrorInsufficientDriver), Status::kOldDriver);
+  emu::driver_version = 0;
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------------------------

@@ -66,8 +66,11 @@ enum cudaError_t {
   cudaErrorNoDevice,
   cudaErrorNoKernelImageForDevice
 };
+namespace emu {
+inline int driver_version = 0;  // what the driver would say; 0: there is none
+}
 inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 0;
+  *version = emu::driver_version;
   return cudaSuccess;
 }
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };

@@ -115,6 +115,12 @@ def test_a_wrong_argument_is_named(change, error, words):
         ops.adamw_step(**ones | {"masters": [], "step": 1, "learning_rate": 0.1} | change)
 
 
+def test_parameters_of_two_devices_are_refused():
+    ones = [torch.ones(3), torch.ones(3, device="meta")]
+    with pytest.raises(ValueError, match=r"parameters\[1\] is on meta but parameters\[0\] is on cpu"):
+        ops.adamw_step(ones, ones, ones, ones, [], step=1, learning_rate=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_norm_equals_the_reference(dtype):
     gradients = inputs(dtype=dtype)[1]
