@@ -10,6 +10,7 @@ from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, abl
 from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.agreement_report import AgreementReport, agreement
 from micro.analysis.alignment import AlignmentResult, ReadingTimesResult, align, reading_times
+from micro.analysis.cell_shapley_report import CellShapleyReport, cell_shapley
 from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
 from micro.analysis.compensation import CompensationReport, routing_compensation
 from micro.analysis.counting import majority_vote, usage_counts
@@ -33,6 +34,7 @@ __all__ = [
     "AgreementReport",
     "AlignmentResult",
     "CellReport",
+    "CellShapleyReport",
     "CompensationReport",
     "LesionResult",
     "LocalizerResult",
@@ -50,6 +52,7 @@ __all__ = [
     "agreement",
     "align",
     "cell_map",
+    "cell_shapley",
     "expert_shapley",
     "few_per_domain",
     "lesion",

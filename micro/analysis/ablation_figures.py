@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from micro.analysis.ablation_report import AblationReport
+    from micro.analysis.cell_shapley_report import CellShapleyReport
     from micro.analysis.cells import CellReport
     from micro.analysis.compensation import CompensationReport
     from micro.analysis.shapley_report import ShapleyReport
@@ -187,3 +188,21 @@ def _names_below(ax: Axes, names: Sequence[str]) -> None:
     ax.set_xticks(
         range(len(names)), names, rotation=90 if len(names) > 6 else 30, ha="center" if len(names) > 6 else "right"
     )
+
+
+def cell_shapley_figure(report: CellShapleyReport) -> Figure:
+    """Value of each expert's cell by layer; the band is two standard errors over orders."""
+    rows = _display(report.rows, range(len(report.rows)))
+    colours = _condition_colours(report.experts)
+    figure, axes = _panels(len(rows), 3.1, 3.2)
+    for ax, r in zip(axes, rows, strict=False):
+        values, error = np.asarray(report.values[r]), np.asarray(report.error[r])
+        layers = np.arange(len(values))
+        for e in _display(report.experts, range(len(report.experts))):
+            ax.plot(layers, values[:, e], color=colours[e], linewidth=1.6, label=report.experts[e])
+            ax.fill_between(
+                layers, values[:, e] - 2 * error[:, e], values[:, e] + 2 * error[:, e], color=colours[e], alpha=0.2
+            )
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.set(title=report.rows[r], xlabel="layer", ylabel=f"value, {report.units[r]}")
+    return _legend(figure, axes)

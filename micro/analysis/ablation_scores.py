@@ -124,9 +124,9 @@ class ScoreStore:
         self._kept: dict[str, tuple[Array, Array]] = {}
         self._alive: list[object] = []  # objects whose id() is part of a key
 
-    def about(self, model: Any, suite: Suite) -> list[str]:
-        """Of a model and a suite; the first part of :meth:`key`."""
-        return [self._model(model), self._suite(suite)]
+    def about(self, model: Any, suites: Sequence[Suite]) -> list[list[str]]:
+        """Of a model and each suite; the first part of :meth:`key`. Reads every parameter of the model."""
+        return [[self._model(model), self._suite(suite)] for suite in suites]
 
     def key(self, about: list[str], controls: Mapping[str, Any], routes: Routes) -> str:
         """Of everything that decides the scores."""
@@ -235,6 +235,7 @@ def score(
     *,
     controls: Mapping[str, Any] | None = None,
     store: ScoreStore | None = None,
+    about: Sequence[list[str]] | None = None,
     what: str = "ablation",
     progress: bool = False,
 ) -> list[Scores]:
@@ -246,6 +247,7 @@ def score(
         conditions: what is removed.
         controls: steering arguments that all conditions share.
         store: where scores are kept; a new one in memory if None.
+        about: :meth:`ScoreStore.about`, for callers that score the same model many times.
         what: shown with the progress.
         progress: show a bar on stderr, and before it what is to be done and how long one condition takes.
 
@@ -259,10 +261,8 @@ def score(
     base = dict(controls or {})
     if clash := [name for name in ("ablate", "keep", "replay") if base.get(name) is not None]:
         raise ValueError(f"controls: {clash[0]} is what the conditions set; give it as a set to remove")
-    keys = []
-    for suite in suites:
-        about = store.about(model, suite)
-        keys.append([store.key(about, condition.controls(base), condition.routes) for condition in conditions])
+    about = store.about(model, suites) if about is None else about
+    keys = [[store.key(of, c.controls(base), c.routes) for c in conditions] for of in about]
     wanted = [(s, c) for s, row in enumerate(keys) for c, key in enumerate(row) if store.get(key) is None]
     with evaluating(model), Progress(what, len(wanted), unit="conditions", enabled=progress) as bar:
         if progress and len(wanted) < sum(map(len, keys)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as format_json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 def ablate(
     folder: Annotated[Path, typer.Argument(help="Model folder, ours or in the official layout.")],
-    data: Annotated[Path, typer.Option(help="Labelled records (JSON, JSON lines, Parquet).")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled records (JSON, JSON lines, Parquet): loss per domain.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma list of offline suites (micro evaluate suites), beside --data or alone.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON, CSV and figures.")] = Path("ablate"),
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Comma list of experts to remove together; may be repeated.")
@@ -26,7 +32,10 @@ def ablate(
     ] = None,
     validation: Annotated[
         str | None,
-        typer.Option(help="Where the best ablation is chosen: a file of records, or a share of --data (0.5, say)."),
+        typer.Option(
+            help="Where the best ablation is chosen: a share of the records (0.5, say), or a file of other records "
+            "for --data while --tasks take their training templates (train: no --data)."
+        ),
     ] = None,
     shapley: Annotated[
         bool, typer.Option("--shapley", help="Exact Shapley values and interactions of the experts, too.")
@@ -37,16 +46,21 @@ def ablate(
     cells: Annotated[
         bool, typer.Option("--cells", help="Every cell (layer, expert) alone, too, against random cells.")
     ] = False,
-    cell_records: Annotated[int, typer.Option(min=1, help="Records per domain for --cells.")] = 20,
+    cell_orders: Annotated[
+        int, typer.Option(min=0, help="Shapley values of cells, too: sampled orders of layers per expert (20, say).")
+    ] = 0,
+    cell_records: Annotated[
+        int, typer.Option(min=1, help="Records per domain or task for --cells and --cell-orders.")
+    ] = 20,
     random_draws: Annotated[int, typer.Option(help="Random sets of cells for --cells, at least 20; 0 = none.")] = 20,
     limit: Annotated[int | None, typer.Option(help="Use the first N records.")] = None,
     seed: Annotated[int, typer.Option(help="Of bootstrap, splits, random cells.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
 ) -> None:
-    """Loss per domain with experts ablated, with paired intervals and tests.
+    """Loss per domain and score per task with experts ablated, with paired intervals and tests.
 
-    Scores are kept in OUTPUT/scores: a run that was stopped goes on from there, and --shapley, --replayed and --cells
-    can be added later.
+    Scores are kept in OUTPUT/scores: a run that was stopped goes on from there, and --shapley, --replayed, --cells and
+    --cell-orders can be added later.
     """
     from micro import analysis
 
@@ -54,25 +68,27 @@ def ablate(
         raise ValueError(f'--sets is {all_sets!r}, expected "all"; name single sets with --set')
     if all_sets and sets:
         raise ValueError('give --sets all or --set, not both: "all" holds every set')
-    records = read_inputs(data, [], limit)
+    if data is None and tasks is None:
+        raise ValueError("give --data FILE (labelled records), --tasks NAMES (offline suites), or both")
     model, tokenizer = load_model(folder)
-    names = model.config.expert_names
-    suite = analysis.LossSuite(records, tokenizer, names=names)
-    held = _validation(validation, tokenizer, names)
+    asked = _Asked(data, expert_set(tasks) or [], limit, tokenizer, model.config.expert_names, seed)
     removed: Any = "all" if all_sets else [expert_set(value) or [] for value in sets] if sets else None
-    shared: dict[str, Any] = {
-        "store": analysis.ScoreStore(output / "scores"), "seed": seed, "progress": True,
-    }  # fmt: skip
-    reports: list[Result] = [analysis.ablation(model, suite, removed, validation=held, **shared)]
+    shared: dict[str, Any] = {"store": analysis.ScoreStore(output / "scores"), "seed": seed, "progress": True}
+    suites = asked.suites()
+    reports: list[Result] = [
+        analysis.ablation(model, suites, removed, validation=asked.validation(validation), **shared)
+    ]
     if shapley:
-        reports.append(analysis.expert_shapley(model, suite, **shared))
+        reports.append(analysis.expert_shapley(model, suites, **shared))
     if replayed:
-        reports.append(analysis.routing_compensation(model, suite, removed, **shared))
+        reports.append(analysis.routing_compensation(model, suites, removed, **shared))
+    few = asked.suites(most=cell_records) if cells or cell_orders else []
     if cells:
-        few = analysis.LossSuite(analysis.few_per_domain(records, cell_records), tokenizer, names=names)
         reports.append(analysis.cell_map(model, few, random_draws=random_draws, **shared))
+    if cell_orders:
+        reports.append(analysis.cell_shapley(model, few, orders=cell_orders, **shared))
     for report in reports:
-        _keep(report, output, {"model": str(folder), "data": str(data)})
+        _keep(report, output, {"model": str(folder), "data": str(data), "tasks": str(tasks)})
     if json:
         typer.echo(format_json.dumps({report.name: report.to_dict() for report in reports}))
         return
@@ -81,16 +97,52 @@ def ablate(
     typer.echo(f"written: {output}/ ({', '.join(report.name for report in reports)}: .json, .csv, .png, .svg)")
 
 
-def _validation(value: str | None, tokenizer: Any, names: Any) -> Any:
-    """A share of the records, or a suite over a file of its own."""
-    if value is None:
-        return None
-    try:
-        return float(value)
-    except ValueError:
+@dataclass
+class _Asked:
+    """What the command line asks to be scored, as suites."""
+
+    data: Path | None
+    tasks: list[str]
+    limit: int | None
+    tokenizer: Any
+    names: Any
+    seed: int
+
+    def suites(self, most: int | None = None) -> list[Any]:
+        """All suites; with at most so many records per domain or task."""
+        from micro.analysis import few_per_domain
+
+        made: list[Any] = []
+        if self.data is not None:
+            records = read_inputs(self.data, [], self.limit)
+            made.append(self._losses(records if most is None else few_per_domain(records, most)))
+        return made + self._offline("test", most)
+
+    def validation(self, value: str | None) -> Any:
+        """A share of the records, or suites over other records and templates."""
+        if value is None:
+            return None
+        try:
+            return float(value)
+        except ValueError:
+            if self.data is None and value != "train":
+                raise ValueError(
+                    f"--validation is {value!r}; without --data give a share (0.5, say) or train"
+                ) from None
+            other = [] if self.data is None else [self._losses(read_inputs(Path(value), [], None))]
+            return other + self._offline("train", None)
+
+    def _losses(self, records: list[Any]) -> Any:
         from micro.analysis import LossSuite
 
-        return LossSuite(read_inputs(Path(value), [], None), tokenizer, names=names)
+        return LossSuite(records, self.tokenizer, names=self.names)
+
+    def _offline(self, split: str, most: int | None) -> list[Any]:
+        if not self.tasks:
+            return []
+        from micro.evaluation.suites import make
+
+        return [make(task, self.tokenizer, items=most or 60, split=split, seed=self.seed) for task in self.tasks]
 
 
 def _keep(report: Any, output: Path, about: dict[str, str]) -> None:

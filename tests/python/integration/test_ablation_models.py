@@ -300,5 +300,14 @@ def test_the_command_writes_every_report(model, tokenizer, records, tmp_path, ca
     shown = capsys.readouterr()
     assert "cells with q <= 0.05" in shown.out and "validation" in shown.out and drawn[-1] == "cells"
     assert "conditions were scored before" in shown.err  # those of the first run
-    assert cli.run([*arguments, "--sets", "all", "--set", "logic"]) == 2
-    assert "--sets" in capsys.readouterr().err
+    tasks = ["ablate", str(folder), "--tasks", "arithmetic", "-o", str(tmp_path / "tasks"), "--set", "logic"]
+    assert cli.run([*tasks, "--validation", "train", "--cell-orders", "2", "--cell-records", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "exact McNemar" in shown and "cell_shapley" in shown
+    for wrong, message in (
+        (["--sets", "all", "--set", "logic"], "--sets"), (["--validation", "none.jsonl"], "none.jsonl"),
+    ):  # fmt: skip
+        assert cli.run([*arguments, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.run(arguments[:2]) == 2
+    assert "--data FILE" in capsys.readouterr().err

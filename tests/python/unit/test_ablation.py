@@ -211,7 +211,7 @@ def test_other_items_controls_routes_or_models_are_other_scores():
     store, suite = ScoreStore(), Planted(loss, fingerprint="v1")
     one, two = model(), model()
     keys = [
-        store.key(store.about(m, s), controls, routes)
+        store.key(store.about(m, [s])[0], controls, routes)
         for m, s, controls, routes in (
             (one, suite, {}, "free"), (two, suite, {}, "free"), (one, Planted(loss, fingerprint="v2"), {}, "free"),
             (one, suite, {"bias": {"logic": 1.0}}, "free"), (one, suite, {}, "replayed"),
@@ -219,7 +219,7 @@ def test_other_items_controls_routes_or_models_are_other_scores():
         )
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
-    assert store.key(store.about(one, suite), {}, "free") == keys[0]
+    assert store.key(store.about(one, [suite])[0], {}, "free") == keys[0]
 
 
 def test_a_suite_without_fingerprint_is_not_kept_on_disk(tmp_path):
