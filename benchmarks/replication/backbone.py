@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,9 +89,9 @@ def prepare(settings: Pretraining, folder: Path, *, precision: str, steps: int |
     """
     from transformers import AutoTokenizer
 
-    share = min(1.0, 6 * (steps or math.inf) * settings.rows * settings.length / 10_000_000)
-    text = corpus.collect(share=max(share, 0.02), seed=settings.seed)
-    place = folder.with_name(f"{folder.name}-tokenizer{'-probe' if steps else ''}")
+    characters = 8 * (steps or steps_of(settings)) * settings.rows * settings.length  # more than enough
+    text = corpus.collect(share=min(1.0, max(0.02, characters / corpus.CHARACTERS)), seed=settings.seed)
+    place = _tokenizer_folder(folder, steps)
     if not place.is_dir():
         made = tiny_tokenizer(text.documents, vocab_size=settings.vocabulary)
         with replace_folder(place) as beside:
@@ -98,6 +100,10 @@ def prepare(settings: Pretraining, folder: Path, *, precision: str, steps: int |
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = fresh(settings, tokenizer).to(DTYPES[precision])
     return model, tokenizer, packed(settings, tokenizer, text.documents)
+
+
+def _tokenizer_folder(folder: Path, steps: int | None) -> Path:
+    return folder.with_name(f"{folder.name}-tokenizer{'-probe' if steps else ''}")
 
 
 def train(settings: Pretraining, folder: Path, *, precision: str, steps: int | None = None) -> list[dict[str, float]]:
@@ -151,14 +157,23 @@ def train(settings: Pretraining, folder: Path, *, precision: str, steps: int | N
     with replace_folder(folder) as beside, quiet_transformers():
         model.eval().save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        receipt = (
-            json.loads((folder.with_name(f"{folder.name}-tokenizer") / "corpus.json").read_text()) if not steps else []
-        )
+        receipt = json.loads((_tokenizer_folder(folder, steps) / "corpus.json").read_text())
         note = {"settings": asdict(settings), "corpus": receipt, "tokens": rows.tokens, "log": log}
         note["parameters"] = sum(p.numel() for p in model.parameters())
         write_text(beside / "pretraining.json", json.dumps(note, indent=1) + "\n")
-    _discard(running)
+    shutil.rmtree(running, ignore_errors=True)
     return log
+
+
+def speed(settings: Pretraining, folder: Path, *, precision: str, steps: int = 6) -> float:
+    """Tokens per second of the pretraining, over a few steps; leaves a backbone that was trained for as long."""
+    begin = time.monotonic()
+    train(settings, folder, precision=precision, steps=1)
+    start = time.monotonic() - begin
+    shutil.rmtree(folder)
+    begin = time.monotonic()
+    train(settings, folder, precision=precision, steps=steps)
+    return (steps - 1) * settings.rows * settings.length / max(1e-3, time.monotonic() - begin - start)
 
 
 def _bar_callback(bar: Progress) -> Any:
@@ -172,9 +187,3 @@ def _bar_callback(bar: Progress) -> Any:
             bar.update(state.global_step, note=getattr(self, "note", None))
 
     return Show()
-
-
-def _discard(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -137,6 +137,7 @@ SOURCES = (
     TextSource("docstrings", "", 1_000_000, docstrings),
     TextSource("scenes", "", 1_500_000, scenes),
 )
+CHARACTERS = sum(source.characters for source in SOURCES)
 
 
 def collect(*, share: float = 1.0, seed: int = 0, sources: tuple[TextSource, ...] = SOURCES) -> Corpus:

@@ -18,8 +18,6 @@ from micro.files import write_text
 from micro.progress import Progress
 from micro.training import run
 
-STEPS = 5  # of every stage in the probe; the first one is not counted
-PRETRAINING_STEPS = 5
 START_SECONDS = 4.0  # loading, encoding and writing of a run, beside what is measured
 
 
@@ -111,9 +109,7 @@ def _probe_setup(setup: Setup, places: Places) -> dict[str, Any]:
     found: dict[str, Any] = {"training": {}, "tokens": {}}
     start = setup.backbone
     if isinstance(start, Pretraining):
-        begin = time.monotonic()
-        log = backbone.train(start, folder / "backbone", precision=setup.precision, steps=PRETRAINING_STEPS)
-        found["pretraining"] = _pretraining_speed(log, start, time.monotonic() - begin)
+        found["pretraining"] = backbone.speed(start, folder / "backbone", precision=setup.precision)
         start = str(folder / "backbone")
     shapes = {_key(arm): arm for arm in reversed(setup.arms) if arm.source is None}
     model = tokenizer = None
@@ -130,19 +126,13 @@ def _probe_setup(setup: Setup, places: Places) -> dict[str, Any]:
     return found
 
 
-def _pretraining_speed(log: list[dict[str, float]], settings: Pretraining, seconds: float) -> float:
-    """Tokens per second; with the start of the process in it, so it errs on the slow side."""
-    del log
-    return PRETRAINING_STEPS * settings.rows * settings.length / seconds
-
-
 def _probe_arm(setup: Setup, arm: Arm, start: str, folder: Path) -> tuple[dict[str, float], dict[str, int], Any]:
     """(tokens per second by stage, planned tokens by stage, the run): the real recipe, cut to a few steps."""
     job = Job(setup, arm, 0)
     records, chats = data.write_training_data(setup, 0, folder / "data")
     planned = run(arms.recipe(job, start, records, chats), output_dir=folder / "none", dry_run=True, quiet=True).plan
     short = arms.recipe(Job(_shortened(setup), arm, 0), start, records, chats)
-    short = replace(short, stages=[replace(s, epochs=None, max_steps=STEPS) for s in short.stages])
+    short = replace(short, stages=[replace(s, epochs=None, max_steps=setup.probe_steps) for s in short.stages])
     trained = run(short, output_dir=folder / arm.name, quiet=True)
     lines = [json.loads(line) for line in (folder / arm.name / "metrics.jsonl").read_text().splitlines()]
     speeds = {}
@@ -153,7 +143,10 @@ def _probe_arm(setup: Setup, arm: Arm, start: str, folder: Path) -> tuple[dict[s
 
 
 def _shortened(setup: Setup) -> Setup:
-    cut = {name: Size(getattr(setup, name).learning_rate, steps=STEPS) for name in ("induce", "calibrate", "finish")}
+    cut = {
+        name: Size(getattr(setup, name).learning_rate, steps=setup.probe_steps)
+        for name in ("induce", "calibrate", "finish")
+    }
     return replace(setup, route_items=0, **cut)
 
 

@@ -78,7 +78,7 @@ class Setup:
 
     test_records: held-out answers, the same for all seeds. matching_records: training answers on which the random-label
     arm's experts are matched to labels. route_items: items per held-out template whose routes are kept token by token
-    (0 = none). The peak rate of stages 1 and 3 is also that of the joint stage; only the routers have their own.
+    (0 = none). probe_steps: of every stage, to measure the cost. The peak rate of stages 1 and 3 is also that of the joint stage; only the routers have their own.
     """
 
     name: str
@@ -101,6 +101,7 @@ class Setup:
     warmup: float = 0.1
     weight_decay: float = 0.01
     eval_tokens: int = 4096
+    probe_steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ SMOLLM2 = Setup(
     finish=Size(1e-4, steps=8),
     route_items=0,
     localizers=False,
+    probe_steps=3,
     freeze="r1",  # stages 1 and 2 move no embedding: a smaller optimizer state
 )
 
