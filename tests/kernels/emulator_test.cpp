@@ -331,9 +331,9 @@ TEST(Emulator, WhatTheRuntimeSays) {
   EXPECT_EQ(to_status(cudaErrorNoKernelImageForDevice), Status::kNoImage);
   EXPECT_EQ(to_status(cudaErrorNoDevice), Status::kNoDriver);
   EXPECT_EQ(to_status(cudaErrorInsufficientDriver), Status::kNoDriver) << "the stub that stands where no driver is";
-  emu::driver_version = 11'000;
+  ::emu::driver_version = 11'000;
   EXPECT_EQ(to_status(cudaErrorInsufficientDriver), Status::kOldDriver);
-  emu::driver_version = 0;
+  ::emu::driver_version = 0;
 }
 
 // ---- asynchronous copies -------------------------------------------------------------------------------------------
