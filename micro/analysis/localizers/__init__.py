@@ -6,7 +6,7 @@
 The statistics stand alone: :func:`localizer_test` and :func:`localizer_mask` take arrays of activations of any origin.
 """
 
-from micro.analysis.localizers.lesion import TextSuite, lesion, random_masks, silence
+from micro.analysis.localizers.lesions import TextSuite, lesion, random_masks, silence
 from micro.analysis.localizers.nulls import NullTests, null_tests, shuffled
 from micro.analysis.localizers.result import LesionResult, LocalizerResult
 from micro.analysis.localizers.run import localize
