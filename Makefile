@@ -17,7 +17,7 @@ PY := $(ENV)/bin/python
 STAMP := $(ENV)/.micro
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: help build demo test gates lint docs bench gpu-check clean
+.PHONY: help build demo test gates lint docs bench replication gpu-check clean
 help:
 	@sed -n 's/^## //p' Makefile
 
@@ -91,6 +91,10 @@ docs: build $(STAMP)/dev
 ## make bench   the table of goals; ROWS=G2,G3 a part of it, BENCH_ARGS="--official FOLDER ..." other options
 bench: build $(STAMP)/dev
 	@$(PY) benchmarks/python/run.py $(if $(ROWS),--rows $(ROWS)) $(BENCH_ARGS)
+
+## make replication   the paper's claims at small scale, on two cores in at most 90 minutes; REPLICATION_ARGS="cost"
+replication: build $(STAMP)/dev $(STAMP)/backbone
+	@$(PY) -m benchmarks.replication $(REPLICATION_ARGS)
 
 ## make gpu-check   on a machine with a CUDA device: its tests, then our speed against others; GPU_ARGS="--list"
 gpu-check: build $(STAMP)/dev

@@ -78,7 +78,8 @@ class Setup:
 
     test_records: held-out answers, the same for all seeds. matching_records: training answers on which the random-label
     arm's experts are matched to labels. route_items: items per held-out template whose routes are kept token by token
-    (0 = none). probe_steps: of every stage, to measure the cost. The peak rate of stages 1 and 3 is also that of the joint stage; only the routers have their own.
+    (0 = none). probe_steps: of every stage, to measure the cost. The peak rate of stages 1 and 3 is also that of the
+    joint stage; only the routers have their own.
     """
 
     name: str
