@@ -95,11 +95,7 @@ def run(
     from lm_eval.api.model import LM
 
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    manager = lm_eval.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown or not names:
-        where = f" or in {include_path}" if include_path else "; a folder with your own is given by include_path"
-        raise ValueError(f"harness: no task {', '.join(map(repr, unknown))} in lm-eval {_version()}{where}")
+    manager = _manager(lm_eval.tasks.TaskManager, names, include_path)
     if isinstance(model, LM):
         if controls or model_args:
             raise ValueError("harness: an LM is steered by its own arguments; give controls to MiCRoLM")
@@ -136,6 +132,22 @@ def run(
         },
         samples=_samples(found) if log_samples else {},
     )
+
+
+def _manager(make: Any, names: Sequence[str], include_path: str | Path | None) -> Any:
+    """The harness' index of tasks. Its own tasks are thousands of files: they are read only where they are needed."""
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise FileNotFoundError(f"{include_path}: no such folder of task files")
+        manager = make(include_path=str(include_path), include_defaults=False)
+        if names and set(names) <= set(manager.all_tasks):
+            return manager
+    manager = make(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown or not names:
+        where = f" or in {include_path}" if include_path else "; a folder with your own is given by include_path"
+        raise ValueError(f"harness: no task {', '.join(map(repr, unknown))} in lm-eval {_version()}{where}")
+    return manager
 
 
 def _version() -> str:

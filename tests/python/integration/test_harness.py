@@ -264,4 +264,5 @@ def test_the_command_runs_tasks_and_writes_files(folder, tasks, tmp_path, capsys
     assert saved["settings"]["controls"] == {"ablate": "['social', 'logic']"}
     assert saved["rows"][0]["items"] == 3
     assert (out / "harness.png").is_file()
-    assert cli.run([*arguments[:4], "nothing"]) == 2
+    assert cli.run([*arguments, "--include-path", str(tmp_path / "no-folder")]) == 2
+    assert "no such folder of task files" in capsys.readouterr().err
