@@ -33,6 +33,7 @@ _MODULES = (
     "convert",
     "curriculum",
     "data",
+    "deltas",
     "engine",
     "errors",
     "evaluation",

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.batches import batches
 from micro.analysis.inputs import Row, counted, evaluating, input_rows
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p
-from micro.analysis.steering_matrix import mean_change, sign_flips
-from micro.analysis.suites import LossSuite, ManySuite, Suite, traits
+from micro.analysis.steering_matrix import mean_change, scored, sign_flips
+from micro.analysis.suites import LossSuite, Suite, traits
 from micro.errors import require
 from micro.progress import track
 
@@ -279,6 +280,7 @@ def cell_effects(
     switch: str = "suppress",
     draws: int = 4999,
     seed: int = 0,
+    store: ScoreStore | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """What suppressing (or forcing) each single cell does to a score, all rows of the suite together.
@@ -289,6 +291,7 @@ def cell_effects(
         switch: "suppress" (logit to -inf) or "force" (all tokens of the layer).
         draws: of the bootstrap over records and of the sign flips.
         seed: of both.
+        store: where scores are kept, so that a run that was stopped goes on; in memory if not given.
         progress: show a bar on stderr.
 
     Returns:
@@ -303,7 +306,7 @@ def cell_effects(
     layers, experts = model.config.num_hidden_layers, model.config.num_experts
     cells = [(l, e) for l in range(layers) for e in range(experts)]
     given = [suppress([cell]) if switch == "suppress" else force([cell], layers) for cell in cells]
-    values, counts, score, unit = _changes(model, suite, given, f"{switch} cells", progress)
+    values, counts, score, unit = _changes(model, suite, given, store, f"{switch} cells", progress)
     change = mean_change(values, counts)
     low, high = bootstrap(suite.records, change, draws=draws, seed=seed)
     p = sign_flips(values, counts, draws, seed)[:, 0].reshape(layers, experts)
@@ -317,22 +320,18 @@ def cell_effects(
 
 
 def _changes(
-    model: MiCRoForCausalLM, suite: Suite, conditions: Sequence[dict[str, Any]], what: str, progress: bool
+    model: MiCRoForCausalLM,
+    suite: Suite,
+    conditions: Sequence[dict[str, Any]],
+    store: ScoreStore | None,
+    what: str,
+    progress: bool,
 ) -> tuple[Array, Array, float, str]:
     """Differences from no steering [conditions,records,1] (positive = better), counts [records,1], score, unit."""
     one = traits(suite, model)
-    with evaluating(model):
-        free, counts = suite.score(model, {})
-        found: list[Array] = []
-        together = isinstance(suite, ManySuite) and all(list(c) == ["ablate"] for c in conditions)
-        size = 8 if together else 1
-        pieces = [conditions[i : i + size] for i in range(0, len(conditions), size)]
-        for piece in track(pieces, what, unit="steps", enabled=progress):
-            if together and isinstance(suite, ManySuite):
-                found += [sums for sums, _ in suite.score_many(model, piece)]
-            else:
-                found += [suite.score(model, condition)[0] for condition in piece]
-    differences = (np.stack(found) - free).sum(-1, keepdims=True) * one.sign * one.factor
+    scores = scored(model, suite, [{}, *conditions], store, what=what, progress=progress)
+    (free, counts), found = scores[0], np.stack([sums for sums, _ in scores[1:]])
+    differences = (found - free).sum(-1, keepdims=True) * one.sign * one.factor
     totals = counts.sum(-1, keepdims=True)
     return differences, totals, float(free.sum() / totals.sum()), one.unit
 
@@ -345,6 +344,7 @@ def switch_top_cells(
     *,
     draws: int = 19,
     seed: int = 0,
+    store: ScoreStore | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Suppress cells together, beside as many random other cells.
@@ -356,6 +356,7 @@ def switch_top_cells(
         suite_b: scores of the control prompts.
         draws: random sets of the same number of other cells.
         seed: of these.
+        store: where scores are kept.
         progress: show a bar on stderr.
 
     Returns:
@@ -368,7 +369,7 @@ def switch_top_cells(
     given = [suppress(some) for some in (top, *random)]
     changes = []
     for suite, what in ((suite_a, "top cells, A"), (suite_b, "top cells, B")):
-        values, counts, _, unit = _changes(model, suite, given, what, progress)
+        values, counts, _, unit = _changes(model, suite, given, store, what, progress)
         changes.append(values.sum((1, 2)) / counts.sum())
     a, b = changes
     out = {"cells": [list(cell) for cell in top], "a": float(a[0]), "b": float(b[0]), "draws": draws, "seed": seed}
@@ -410,6 +411,7 @@ def tunable_cells(
     encode_options: dict[str, Any] | None = None,
     max_tokens: int = 2048,
     seed: int = 0,
+    store: ScoreStore | None = None,
     progress: bool = False,
     **options: Any,
 ) -> ResonanceReport:
@@ -426,19 +428,21 @@ def tunable_cells(
         encode_options: passed to :func:`micro.data.encode`.
         max_tokens: slots per batch.
         seed: of all draws.
+        store: where scores are kept, so that a run that was stopped goes on; in memory if not given.
         progress: show bars on stderr.
         options: further arguments of :func:`resonance`.
     """
     shared: dict[str, Any] = {"encode_options": encode_options, "max_tokens": max_tokens}
+    store = ScoreStore() if store is None else store
     report = resonance(model, tokenizer, a, b, seed=seed, progress=progress, **shared, **options)
     suites = [TargetSuite(data, tokenizer, **shared) for data in (a, b)]
     for switch in switches:
         for name, suite in zip("ab", suites, strict=True):
-            found = cell_effects(model, suite, switch=switch, seed=seed, progress=progress)
+            found = cell_effects(model, suite, switch=switch, seed=seed, store=store, progress=progress)
             report.effects.append({"set": name, **found})
     if top:
         cells = report.ranked()[:top]
-        report.top = switch_top_cells(model, cells, *suites, draws=draws, seed=seed, progress=progress)
+        report.top = switch_top_cells(model, cells, *suites, draws=draws, seed=seed, store=store, progress=progress)
     effects = {(e["switch"], e["set"]): np.asarray(e["effect"]) for e in report.effects}
     if ("suppress", "a") in effects:
         cost = effects["suppress", "b"] - effects["suppress", "a"]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from micro.analysis.ablation_scores import GROUP, ScoreStore
 from micro.analysis.batches import batches, token_losses
 from micro.analysis.inputs import counted, evaluating, input_rows
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
 from micro.analysis.suites import ManySuite, Suite, Traits, traits
 from micro.experts import NAMES
-from micro.progress import track
+from micro.progress import Progress, track
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,6 +133,7 @@ def steering_matrix(
     controls: Mapping[str, Any] | None = None,
     draws: int = 10_000,
     seed: int = 0,
+    store: ScoreStore | None = None,
     progress: bool = False,
 ) -> SteeringReport:
     """Score suites without steering and under each steering set.
@@ -146,6 +148,7 @@ def steering_matrix(
         controls: other steering arguments, the same everywhere.
         draws: of the bootstrap and of the sign flips.
         seed: of controls, bootstrap and sign flips.
+        store: where scores are kept, so that a run that was stopped goes on; in memory if not given.
         progress: show a bar on stderr.
 
     Raises:
@@ -162,10 +165,8 @@ def steering_matrix(
     conditions = [None, *ablated.values(), *(drawn for size in random.values() for drawn in size)]
     given = [{**(controls or {}), **({"ablate": c} if c else {})} for c in conditions]
     table = _Table(list(ablated), draws, seed)
-    with evaluating(model):
-        for suite, one in zip(several, known, strict=True):
-            scores = _score(suite, model, given, progress)
-            table.add(suite, one, scores, _places(ablated, random))
+    for suite, one in zip(several, known, strict=True):
+        table.add(suite, one, scored(model, suite, given, store, progress=progress), _places(ablated, random))
     return table.report(
         ablated,
         sum(suite.records for suite in several),
@@ -178,17 +179,39 @@ def steering_matrix(
     )  # fmt: skip
 
 
-def _score(
-    suite: Suite, model: MiCRoForCausalLM, conditions: list[dict[str, Any]], progress: bool
+def scored(
+    model: MiCRoForCausalLM,
+    suite: Suite,
+    conditions: Sequence[Mapping[str, Any]],
+    store: ScoreStore | None = None,
+    *,
+    what: str = "steering",
+    progress: bool = False,
 ) -> list[tuple[Array, Array]]:
-    if not isinstance(suite, ManySuite):
-        return [suite.score(model, one) for one in track(conditions, "steering", unit="sets", enabled=progress)]
-    found: list[tuple[Array, Array]] = []
-    # Unsteered alone: without controls a layer takes its fastest path.
-    pieces = [conditions[:1], *(conditions[i : i + 8] for i in range(1, len(conditions), 8))]
-    for piece in track(pieces, "steering", unit="groups of sets", enabled=progress):
-        found += suite.score_many(model, piece)
-    return found
+    """(sums, counts) of a suite under each condition, a dictionary of steering arguments; those that the store has are
+    taken from it. Conditions that differ in ``ablate`` alone are scored eight at a time where the suite can.
+    """
+    store = ScoreStore() if store is None else store
+    about = store.about(model, [suite])[0]
+    keys = [store.key(about, condition, "free") for condition in conditions]
+    wanted = [i for i, key in enumerate(keys) if store.get(key) is None]
+    # Without controls a layer takes its fastest path, so that condition goes alone.
+    bare = [i for i in wanted if not conditions[i]]
+    rest = [i for i in wanted if conditions[i]]
+    size = GROUP if isinstance(suite, ManySuite) else 1
+    groups = [*([i] for i in bare), *(rest[i : i + size] for i in range(0, len(rest), size))]
+    with evaluating(model), Progress(what, len(wanted), unit="conditions", enabled=progress) as bar:
+        for group in groups:
+            given = [conditions[i] for i in group]
+            if isinstance(suite, ManySuite):
+                made = suite.score_many(model, given)
+            else:
+                made = [suite.score(model, one) for one in given]
+            for i, scores in zip(group, made, strict=True):
+                store.put(keys[i], scores)
+            bar.advance(len(group))
+    found = [store.get(key) for key in keys]
+    return [scores for scores in found if scores is not None]
 
 
 def _random_sets(

@@ -27,6 +27,8 @@ COMMANDS = (
     "ablate",
     "localize",
     "circuits",
+    "steer",
+    "deltas",
     "align",
     "evaluate",
     "estimate",

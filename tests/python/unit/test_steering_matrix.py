@@ -4,6 +4,7 @@ from matplotlib.figure import Figure
 from small_models import small_config, small_model
 
 import micro
+from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.steering_matrix import (
     SteeringReport,
     bias_curves,
@@ -165,6 +166,25 @@ def test_a_report_is_saved_loaded_and_drawn(tmp_path, tokenizer, records):
     assert isinstance(again.plot(), Figure)
     assert len(again.table()) == 16
     assert "own set against the others" in str(again)
+
+
+def test_a_stopped_run_goes_on_from_the_scores_on_disk(tmp_path, tokenizer, records):
+    model, suite = tiny(tokenizer), micro.analysis.LossSuite(records, tokenizer)
+    given = {"draws": 20, "random_sets": 2, "store": ScoreStore(tmp_path)}
+    first = steering_matrix(model, suite, **given)
+    files = sorted(tmp_path.iterdir())
+    files[0].unlink()
+    calls, score_many = [], suite.score_many
+
+    def counted(model, conditions):
+        calls.append(len(conditions))
+        return score_many(model, conditions)
+
+    suite.score_many = counted
+    given["store"] = ScoreStore(tmp_path)
+    assert np.array(steering_matrix(model, suite, **given).change) == pytest.approx(np.array(first.change), abs=1e-12)
+    assert calls == [1]
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_bad_sets_are_refused(tokenizer, records):
