@@ -41,7 +41,8 @@ $(STAMP)/packages: constraints.txt pyproject.toml .ci/requirements | $(STAMP)/to
 
 $(STAMP)/dev: constraints.txt pyproject.toml .ci/requirements | $(STAMP)/packages
 	@echo "installing packages for development"
-	@$(PIP) --requirement <($(PY) .ci/requirements hf viz gguf dev)
+	@$(PIP) --requirement <($(PY) .ci/requirements hf eval viz gguf dev)
+	@$(PIP) --no-deps brainscore-language  # read for its stimuli and suites; its own dependencies want numpy 1
 	@touch $@
 
 # The real backbone: 98 MB. Its own dependencies are an engine that micro does not use.
