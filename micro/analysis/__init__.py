@@ -10,6 +10,7 @@ from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, abl
 from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.agreement_report import AgreementReport, agreement
 from micro.analysis.alignment import AlignmentResult, ReadingTimesResult, align, reading_times
+from micro.analysis.attribution import AttributionReport, attribution, router_split
 from micro.analysis.cell_shapley_report import CellShapleyReport, cell_shapley
 from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
 from micro.analysis.compensation import CompensationReport, routing_compensation
@@ -24,15 +25,18 @@ from micro.analysis.localizers import (
     localizer_mask,
     localizer_test,
 )
+from micro.analysis.resonance import ResonanceReport, TargetSuite, cell_effects, resonance, tunable_cells
 from micro.analysis.routing_report import RoutingReport, routing
 from micro.analysis.selectivity_report import SelectivityReport, selectivity
 from micro.analysis.shapley_report import ShapleyReport, expert_shapley
 from micro.analysis.similarity_report import SimilarityReport, similarity
+from micro.analysis.steering_matrix import SteeringReport, bias_curves, steered_outputs, steering_matrix
 
 __all__ = [
     "AblationReport",
     "AgreementReport",
     "AlignmentResult",
+    "AttributionReport",
     "CellReport",
     "CellShapleyReport",
     "CompensationReport",
@@ -41,16 +45,22 @@ __all__ = [
     "LocalizerTest",
     "LossSuite",
     "ReadingTimesResult",
+    "ResonanceReport",
     "RoutingReport",
     "ScoreStore",
     "SelectivityReport",
     "ShapleyReport",
     "SimilarityReport",
+    "SteeringReport",
     "Stimuli",
     "Suite",
+    "TargetSuite",
     "ablation",
     "agreement",
     "align",
+    "attribution",
+    "bias_curves",
+    "cell_effects",
     "cell_map",
     "cell_shapley",
     "expert_shapley",
@@ -62,9 +72,14 @@ __all__ = [
     "majority_vote",
     "random_cells",
     "reading_times",
+    "resonance",
+    "router_split",
     "routing",
     "routing_compensation",
     "selectivity",
     "similarity",
+    "steered_outputs",
+    "steering_matrix",
+    "tunable_cells",
     "usage_counts",
 ]
