@@ -28,6 +28,12 @@ def localize(
     ] = "block_output",
     percent: Annotated[float, typer.Option(help="Share of all units to select.")] = 10.0,
     units: Annotated[int | None, typer.Option(help="Number of units to select, instead of --percent.")] = None,
+    band: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            "--range", help="A control: as many units at random between two percentiles of t; 0 0: the lowest."
+        ),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="Tokens that are not routed to an expert: all (it runs on them), routed, zero.")
     ] = "all",
@@ -63,6 +69,7 @@ def localize(
         unit,
         percent,
         units=units,
+        range=band,
         mode=mode,
         pooling=pooling,
         ranking=ranking,

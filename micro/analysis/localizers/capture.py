@@ -108,6 +108,8 @@ class Capture:
     def _pool(self, reading: Reading, lengths: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         """Mean of the rows of each (text, layer, expert); lengths: tokens that count of each text."""
         texts, (layers, experts, width) = len(lengths), shape
+        if not bool(reading.values.isfinite().all()):
+            raise ValueError(f"localize: activations of {self.unit!r} are not finite; load the model in a wider dtype")
         layer = reading.layer - int(self.unit == "residual")
         cell = (reading.row * layers + layer) * experts + reading.expert.clamp(min=0)
         sums = torch.zeros(texts * layers * experts, width, dtype=dtype, device=lengths.device)

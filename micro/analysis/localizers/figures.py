@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,8 @@ def localizer_figure(result: LocalizerResult) -> Figure:
     order = display_order(result.experts)
     columns = min(len(order), COLUMNS)
     rows = -(-len(order) // columns)
-    figure, axes = new_figure(2.7 * columns + 0.7, 2.5 * rows + 0.5, columns, rows=rows, sharex=True, sharey=True)
+    width = max(2.7 * columns + 0.7, 4.5)
+    figure, axes = new_figure(width, 2.5 * rows + 0.5, columns, rows=rows, sharex=True, sharey=True)
     colours = expert_colours(result.experts)
     expected = 100 * result.selected / result.units
     for ax, e in zip(axes, order, strict=False):
@@ -45,7 +47,8 @@ def localizer_figure(result: LocalizerResult) -> Figure:
         ax.set_xlabel("layer", fontsize=9)
     what = f"{_which(result.settings.get('range'))} {expected:.3g} % of {result.units:,} units ({result.unit})"
     name = result.localizer.replace("_", " ")
-    figure.suptitle(f"{name} localizer, {what}; grey: 95 % of random masks, dashed: their mean", fontsize=10)
+    title = f"{name} localizer, {what}; grey: 95 % of random masks, dashed: their mean"
+    figure.suptitle(fill(title, int(13 * width)), fontsize=10)
     return figure
 
 

@@ -126,13 +126,18 @@ def localize(
         A :class:`LocalizerResult`.
 
     Raises:
-        ValueError: an unknown localizer, unit, mode, pooling or ranking; a share of no unit.
+        ValueError: an unknown localizer, unit, mode, pooling or ranking; a share of no unit; activations that
+            are not finite.
 
     Source: model.md 9.5; AlKhamissi et al. 2024 (the LLM language network), MiCRo's figure of expert shares.
     """
     stimuli = find_stimuli(localizer)
     capture = Capture(unit, mode, pooling or stimuli.pooling, max_bytes, dict(controls or {}), progress)
     selection = Selection(percent if units is None else None, units, range, ranking, q, significant_only, seed)
+    if permutations < 0 or random_draws < 1:
+        raise ValueError(f"localize: permutations ({permutations}) must be >= 0 and random_draws ({random_draws}) >= 1")
+    if distractors and stimuli.distractors is None:
+        raise ValueError(f"localize: the stimuli {stimuli.name!r} have no distractors; give Stimuli with some")
     wanted = wanted_units(selection.percent, units, _ranked_units(capture, selection, model))
     rows = _tokens(tokenizer, stimuli, stimuli.positive, stimuli.negative)
     found = _activations(model, capture, rows, absolute=absolute, keep=permutations > 0)
@@ -140,9 +145,7 @@ def localize(
     if found.values is not None:
         _add_nulls(result, found.values, len(rows[0]), selection, permutations)
     if distractors:
-        if stimuli.distractors is None:
-            raise ValueError(f"localize: the stimuli {stimuli.name!r} have no distractors; give Stimuli with some")
-        rows = _tokens(tokenizer, stimuli, *stimuli.distractors)
+        rows = _tokens(tokenizer, stimuli, *(stimuli.distractors or ((), ())))
         other = _activations(model, capture, rows, absolute=absolute, keep=False)
         _add_distractors(result, other, selection)
     result.settings |= {
@@ -184,8 +187,6 @@ def _activations(
         moments = Moments(shape)
         for indices, pooled in capture.pooled(model, side, what):
             values = pooled.abs().numpy() if absolute else pooled.numpy()
-            if np.isinf(values).any():
-                raise ValueError("localize: activations are infinite; load the model in a wider dtype")
             moments.add(values.astype(np.float64))
             if keep:
                 if kept is None:

@@ -98,14 +98,15 @@ def test_streaming_and_keeping_give_the_same_result(mode):
     assert used.shape == (2, 4, 2) and ((used == 12).all() if mode != "routed" else (used < 12).any())
 
 
-def test_results_are_the_test_of_the_pooled_activations():
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_results_are_the_test_of_the_pooled_activations(pooling):
     model = small_model(dtype=torch.float32)
-    stimuli = pair(pooling="last", max_tokens=4)
+    stimuli = pair(pooling=pooling, max_tokens=4)
     result = analysis.localize(model, Words(), stimuli, percent=5, permutations=0)
     sides = []
     for side in (stimuli.positive, stimuli.negative):
         cut = [" ".join(text.split()[:4]) for text in side]
-        sides.append(torch.stack([alone(model, "block_output", text, mode="all", pooling="last") for text in cut]))
+        sides.append(torch.stack([alone(model, "block_output", text, mode="all", pooling=pooling) for text in cut]))
     want = analysis.localizer_test(*sides)
     np.testing.assert_allclose(result.t, want.t, atol=1e-3)
     np.testing.assert_array_equal(result.mask, analysis.localizer_mask(result.t, percent=5))
@@ -302,6 +303,7 @@ def test_bad_requests_are_refused_before_the_model_runs(copying):
         ({"percent": 0.1}, "0.1 % of 256 units"),
         ({"units": 257}, r"1\.\.256"),
         ({"q": 0}, "q must lie"),
+        ({"permutations": -1}, "permutations"),
         ({"range": (0, 50), "significant_only": True}, "random band"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -312,6 +314,15 @@ def test_bad_requests_are_refused_before_the_model_runs(copying):
         analysis.lesion(model, Words(), texts(2), mask[:1])
     with pytest.raises(TypeError, match="one string"):
         analysis.lesion(model, Words(), "w3 w4", mask)
+
+
+def test_activations_that_are_not_numbers_are_refused_and_not_dropped():
+    model = small_model(dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].blocks.down_proj.weight[2] = float("nan")
+    for mode in ("all", "routed"):
+        with pytest.raises(ValueError, match="not finite"):
+            analysis.localize(model, Words(), pair(), mode=mode, permutations=0)
 
 
 def test_the_built_in_localizers_run_on_a_tokenizer(tmp_path):
@@ -345,10 +356,8 @@ def test_the_command(folder, tmp_path, capsys):
     }  # fmt: skip
     stimuli = tmp_path / "own.json"
     stimuli.write_text(json.dumps({"positive": ["the cat", "a dog", "two"], "negative": ["x", "yy y", "zz"]}))
-    assert (
-        cli.run(["localize", str(folder), "--localizer", str(stimuli), "--json", "--permutations", "0", "-o", str(out)])
-        == 0
-    )
+    options = ["--localizer", str(stimuli), "--permutations", "0", "--range", "0", "0", "-o", str(out)]
+    assert cli.run(["localize", str(folder), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["localizer"]["localizer"] == "own" and found["localizer"]["selected"] > 0
 
