@@ -1,10 +1,9 @@
-"""``micro report``: join saved results into one page."""
+"""``micro report``: join saved results into one page, and into a model's card."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,37 +14,19 @@ def report(
         Path | None, typer.Option("--output", "-o", help="The page; FOLDER/report.html if not given.")
     ] = None,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "MiCRo report",
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Model folder: write routing and evaluation into the card (README.md) of that model, too."),
+    ] = None,
 ) -> None:
-    """Draw every routing.json, ablation.json and metrics.jsonl below FOLDER on one self-contained page."""
-    from micro.analysis import AblationReport, RoutingReport
-    from micro.analysis.figures import loss_figure
-    from micro.report import Page, figure_html, table_html
+    """Join every saved result below FOLDER on one self-contained page with figures, tables, settings and seeds."""
+    from micro.report import build_report, update_card
 
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    page, found = Page(title, str(folder)), 0
-    kinds: list[tuple[str, Any, str]] = [
-        ("routing.json", RoutingReport, "Routing"),
-        ("ablation.json", AblationReport, "Ablation"),
-    ]
-    for file, kind, heading in kinds:
-        for path in sorted(folder.rglob(file)):
-            result = kind.load(path)
-            found += 1
-            page.section(f"{heading}: {path.parent.relative_to(folder)}")
-            page.html(figure_html(result.plot(), f"{path.relative_to(folder)}; settings {json.dumps(result.settings)}"))
-            page.html(table_html(result.table()))
-    for path in sorted(folder.rglob("metrics.jsonl")):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if lines:
-            found += 1
-            page.section(f"Training: {path.parent.relative_to(folder)}")
-            page.html(figure_html(loss_figure(lines), f"Loss, {path.relative_to(folder)}"))
-    if not found:
-        raise ValueError(
-            f"{folder}: no routing.json, ablation.json or metrics.jsonl below it; "
-            "run micro route, ablate or train first"
-        )
+    page, found = build_report(folder, title)
     target = output or folder / "report.html"
     page.write(target)
-    typer.echo(f"written: {target} ({found} results)")
+    typer.echo(f"written: {target} ({len(found)} result{'s' if len(found) != 1 else ''})")
+    for path, why in found.unread.items():
+        typer.echo(f"not shown: {found.place(path)}: {why}", err=True)
+    if card is not None:
+        typer.echo(f"written: {update_card(card, found)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,9 @@ from micro.files import write_text
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+SHORT = 28  # characters of a text that is not broken into lines
+WIDE = 9  # columns of a table in small print
 
 STYLE = """
 :root { --ink: #202124; --quiet: #5f6368; --line: #dadce0; --paper: #fff; --soft: #f8f9fa; }
@@ -31,12 +36,30 @@ table { border-collapse: collapse; margin: 10px 0 16px; font-variant-numeric: ta
 th { text-align: right; font-weight: 600; border-bottom: 2px solid var(--ink); padding: 4px 12px 4px 0; }
 td { text-align: right; border-bottom: 1px solid var(--line); padding: 4px 12px 4px 0; vertical-align: top; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-td.text { max-width: 56ch; }
+td.text { max-width: 56ch; } td.short { white-space: nowrap; }
 .verdict { border-left: 5px solid var(--c); background: color-mix(in srgb, var(--c) 8%, white);
   padding: 10px 16px; margin: 10px 0; max-width: 86ch; }
 .verdict b { color: var(--c); }
 code { font: 13px ui-monospace, Menlo, Consolas, monospace; background: var(--soft); padding: 1px 4px; }
 nav a { margin-right: 14px; color: #1a73e8; text-decoration: none; font-size: 14px; }
+nav.contents { columns: 3 240px; margin: 18px 0 8px; padding: 12px 16px; background: var(--soft); }
+nav.contents a { margin: 0; } nav.contents > div { break-inside: avoid; padding-bottom: 4px; }
+nav.contents div div { padding-left: 14px; } nav.contents div div a { color: var(--quiet); font-size: 13px;
+  overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } table.dense { font-size: 12.5px; } table.dense :is(th, td) { padding-right: 9px; }
+pre.notes { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; background: var(--soft); padding: 10px 14px;
+  overflow-x: auto; white-space: pre; margin: 8px 0; }
+dl.settings { display: flex; flex-wrap: wrap; gap: 2px 22px; margin: 8px 0 18px; font-size: 12.5px;
+  color: var(--quiet); }
+dl.settings dt { display: inline; } dl.settings dt::after { content: ": "; }
+dl.settings dd { display: inline; margin: 0; color: var(--ink); overflow-wrap: anywhere; }
+@media print {
+  body, main { background: #fff; } main { max-width: none; padding: 0; }
+  figure, .verdict, dl.settings { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  .wide, pre.notes { overflow: visible; } pre.notes { white-space: pre-wrap; } table { font-size: 11px; }
+  thead { display: table-header-group; } tr { break-inside: avoid; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
 """
 
 
@@ -53,6 +76,7 @@ class Page:
         self._lead = lead
         self._parts: list[str] = []
         self._sections: list[tuple[str, str]] = []
+        self._subsections: dict[str, list[tuple[str, str]]] = {}  # by anchor of the section
         self._styles = [STYLE]
 
     def section(self, title: str) -> None:
@@ -60,6 +84,16 @@ class Page:
         anchor = f"s{len(self._sections) + 1}"
         self._sections.append((anchor, title))
         self._parts.append(f'<h2 id="{anchor}">{html.escape(title)}</h2>')
+
+    def subsection(self, title: str) -> None:
+        """Start a part of the section; the navigation becomes a table of contents with two levels."""
+        if not self._sections:
+            raise ValueError("Page.subsection: start a section first")
+        section = self._sections[-1][0]
+        parts = self._subsections.setdefault(section, [])
+        anchor = f"{section}-{len(parts) + 1}"
+        parts.append((anchor, title))
+        self._parts.append(f'<h3 id="{anchor}">{html.escape(title)}</h3>')
 
     def text(self, text: str, *, quiet: bool = False) -> None:
         """A paragraph."""
@@ -79,15 +113,28 @@ class Page:
 
     def render(self) -> str:
         """The page as one string."""
-        links = "".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for anchor, title in self._sections)
         return (
             "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<title>{html.escape(self.title)}</title><style>{''.join(self._styles)}</style></head><body><main>"
-            f"<h1>{html.escape(self.title)}</h1><p class='lead'>{html.escape(self._lead)}</p><nav>{links}</nav>\n"
+            f"<h1>{html.escape(self.title)}</h1><p class='lead'>{html.escape(self._lead)}</p>{self._navigation()}\n"
             + "\n".join(self._parts)
             + "\n</main></body></html>\n"
         )
+
+    def _navigation(self) -> str:
+        """A line of links, or a table of contents where there are subsections."""
+
+        def link(anchor: str, title: str) -> str:
+            return f'<a href="#{anchor}">{html.escape(title)}</a>'
+
+        if not self._subsections:
+            return f"<nav>{''.join(link(*section) for section in self._sections)}</nav>"
+        entries = []
+        for section in self._sections:
+            below = "".join(f"<div>{link(*part)}</div>" for part in self._subsections.get(section[0], []))
+            entries.append(f"<div>{link(*section)}{below}</div>")
+        return f'<nav class="contents" aria-label="Contents">{"".join(entries)}</nav>'
 
     def write(self, path: str | Path) -> None:
         """Write beside, then rename."""
@@ -96,8 +143,11 @@ class Page:
 
 def figure_html(figure: Figure, caption: str) -> str:
     """A matplotlib figure as an embedded picture with a caption; the caption is also its alternative text."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "micro"}):  # the same numbers give the same bytes
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
     text = html.escape(caption)
     return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
@@ -106,16 +156,38 @@ def figure_html(figure: Figure, caption: str) -> str:
 def table_html(frame: pd.DataFrame, *, digits: int = 3) -> str:
     """A pandas frame as an HTML table, floats with fixed digits, everything escaped."""
 
-    def cell(value: Any) -> str:
+    def cell(value: Any, places: int | None) -> str:
         if isinstance(value, float):
-            return f"<td>{value:.{digits}f}</td>"
-        kind = ' class="text"' if isinstance(value, str) else ""
+            return f"<td>{number(value, places)}</td>"
+        kind = "" if not isinstance(value, str) else ' class="text"' if len(value) > SHORT else ' class="text short"'
         return f"<td{kind}>{html.escape(str(value)).replace(chr(10), '<br>')}</td>"
 
-    texts = [any(isinstance(value, str) for value in frame[name]) for name in frame.columns]
+    names = list(frame.columns)
+    columns = [frame.iloc[:, i].tolist() for i in range(len(names))]  # names may repeat
+    texts = [any(isinstance(value, str) for value in column) for column in columns]
+    places = [column_digits(column, digits) for column in columns]
     head = "".join(
-        f"<th{' class=text' if text else ''}>{html.escape(str(name))}</th>"
-        for name, text in zip(frame.columns, texts, strict=True)
+        f"<th{' class=text' if text else ''}>{html.escape(str(name).replace('_', ' '))}</th>"
+        for name, text in zip(names, texts, strict=True)
     )
-    rows = "".join(f"<tr>{''.join(cell(v) for v in row)}</tr>" for row in frame.itertuples(index=False))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    rows = "".join(
+        f"<tr>{''.join(cell(v, d) for v, d in zip(row, places, strict=True))}</tr>"
+        for row in zip(*columns, strict=True)
+    )
+    dense = " class='dense'" if len(names) > WIDE else ""
+    table = f"<table{dense}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def column_digits(values: Sequence[Any], digits: int = 3) -> int | None:
+    """How many digits a column of numbers needs; None: two significant ones, where fixed digits would show zeros."""
+    sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]
+    largest = max(sizes, default=0.0)
+    return digits if largest == 0 or 10.0**-digits <= largest < 1e7 else None
+
+
+def number(value: float, digits: int | None = 3) -> str:
+    """Fixed digits, or two significant ones where ``digits`` is None; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2g}" if digits is None else f"{value:.{digits}f}"

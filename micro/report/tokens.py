@@ -32,7 +32,8 @@ STYLE = """
 .tokens .lines td.line { white-space: pre; text-align: left; }
 .tokens .lines i { font-style: normal; background: color-mix(in srgb, var(--c) 45%, white); }
 .tokens .tip { position: absolute; z-index: 2; background: #202124; color: #fff; padding: 7px 10px;
-  font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; pointer-events: none; display: none; white-space: pre; border-radius: 3px; }
+  font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; pointer-events: none; display: none; white-space: pre;
+  border-radius: 3px; }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 5px; background: var(--c); }
 """
 
@@ -60,7 +61,8 @@ SCRIPT = """
         lines.push(v.experts[e].padEnd(10) + (100 * q / 255).toFixed(0).padStart(4) + ' %'
           + (l < 0 ? ('  ' + n + ' of ' + L + ' layers') : '')); }
       const named = v.labels && v.labels[s] >= 0 ? '\\nlabel: ' + v.experts[v.labels[s]] : '';
-      tip.textContent = JSON.stringify(t.textContent.replace(/[↵⇥]/g, '')) + (l < 0 ? '  mean over layers' : '  layer ' + l) + '\\n'
+      const text = t.textContent.replace(/[↵⇥]/g, '');
+      tip.textContent = JSON.stringify(text) + (l < 0 ? '  mean over layers' : '  layer ' + l) + '\\n'
         + lines.join('\\n') + named;
       tip.style.display = 'block';
       tip.style.left = Math.min(t.offsetLeft, box.clientWidth - 260) + 'px';
