@@ -308,7 +308,7 @@ class AttributionReport(Result):
     def __str__(self) -> str:
         lines = [f"{self.tokens} tokens of {self.rows} rows; parts sum to the logits within {self.max_error:.1e}"]
         for layer, share in enumerate(self.share):
-            order = np.argsort(share)[::-1][:3]
+            order = [w for w in np.argsort(share)[::-1] if self.influence[layer][w] > 0][:3]
             parts = [f"{self.writers[w]} {share[w]:+.2f} (random {self.share_random[layer][w]:+.2f})" for w in order]
             lines.append(f"layer {layer}: {', '.join(parts)}")
         return "\n".join(lines)

@@ -65,10 +65,13 @@ def _entanglement(ax: Axes, report: AttributionReport) -> None:
         ax.plot([place - 0.5, place + 0.5], [size - 0.2, size - 0.2], color=colour, linewidth=4, clip_on=False)
         ax.plot([-0.8, -0.8], [place - 0.5, place + 0.5], color=colour, linewidth=4, clip_on=False)
     ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-    ax.tick_params(pad=7, length=0)
+    ax.tick_params(axis="x", pad=7, length=0)
+    ax.tick_params(axis="y", pad=12, length=0)
     ax.spines[:].set_visible(False)
     ax.set(
-        xlabel="promoted cell, by layer", ylabel="chosen cell, by layer", title="Who leads to whom (change of logit)"
+        xlabel="promoted cell, by layer",
+        ylabel="chosen cell, by layer",
+        title="Who leads to whom: change of logit (dot: q < 0.05)",
     )
     if ax.figure is not None:
         ax.figure.colorbar(image, ax=ax, shrink=0.6)

@@ -122,7 +122,15 @@ class ResonanceReport(Result):
         return pd.DataFrame(lines)
 
     def __str__(self) -> str:
-        shown = str(self.table().head(8).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        table = self.table().head(8)
+        for effect in self.effects:
+            key = f"{effect['switch']}_{effect['set']}"
+            starred = zip(table[key], table[f"{key}_q"], strict=True)
+            table[key] = [f"{value:+.3f}{'*' if q < 0.05 else ' '}" for value, q in starred]
+        tests = [name for name in table if str(name).endswith("_q") or name in ("p", "mass_resonance", "mass_p_family")]
+        table = table.drop(columns=tests)
+        shown = str(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        shown += "\n* q < 0.05" if self.effects else ""
         if self.top is None:
             return shown
         top = self.top

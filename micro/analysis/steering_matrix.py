@@ -393,21 +393,22 @@ def bias_curves(
     work = list(batches(rows, tokenizer, max_tokens=max_tokens))
     conditions = [(name, float(b)) for name in chosen for b in values]
     with evaluating(model):
-        free = _biased(model, work, len(records), {}, None)
+        free = _biased(model, work, len(records), {})
         found = [
-            _biased(model, work, len(records), _bias(name, b, layers), names.index(name))
+            _biased(model, work, len(records), _bias(name, b, layers)) if b else free  # 0 changes no bit
             for name, b in track(conditions, "bias", unit="settings", enabled=progress)
         ]
     out = []
     for i, name in enumerate(chosen):
         some = found[i * len(values) : (i + 1) * len(values)]
-        change = mean_change(np.stack([free[0] - sums for sums, _, _ in some]), free[1])  # minus a loss
+        change = mean_change(np.stack([free[0] - sums for sums, *_ in some]), free[1])  # minus a loss
+        e = names.index(name)
         low, high = bootstrap(len(records), change, draws=draws, seed=seed)
         out.append(
             {
                 "expert": name, "values": [float(b) for b in values], "domains": names,
                 "layers": None if layers is None else list(layers),
-                "probability": [share[0] for _, _, share in some], "usage": [share[1] for _, _, share in some],
+                "probability": [float(one[2][e]) for one in some], "usage": [float(one[3][e]) for one in some],
                 "change": change(np.ones(len(records))).tolist(), "interval": np.stack([low, high], -1).tolist(),
             }
         )  # fmt: skip
@@ -425,14 +426,14 @@ def _bias(expert: str, b: float, layers: Sequence[int] | None) -> dict[str, Any]
 
 
 def _biased(
-    model: MiCRoForCausalLM, work: Sequence[Any], records: int, controls: dict[str, Any], expert: int | None
-) -> tuple[Array, Array, tuple[float, float]]:
-    """Losses and counts [records,E] by label, and (mean probability, usage) of one expert."""
+    model: MiCRoForCausalLM, work: Sequence[Any], records: int, controls: dict[str, Any]
+) -> tuple[Array, Array, Array, Array]:
+    """Losses and counts [records,E] by label; mean probability and usage of each expert [E]."""
     from micro.modeling.steer import Steering
 
-    sums = np.zeros((records, model.config.num_experts))
-    counts = np.zeros_like(sums)
-    shares = np.zeros(3)  # probability, usage, tokens
+    experts = model.config.num_experts
+    sums, counts = np.zeros((records, experts)), np.zeros((records, experts))
+    probability, usage, tokens = np.zeros(experts), np.zeros(experts), 0
     for indices, batch in work:
         steering = Steering.make(model.config, **controls)
         steering.trace = []
@@ -443,12 +444,13 @@ def _biased(
             wanted = predicting[row].numpy()
             np.add.at(sums[record], labels[row][wanted], losses[row][wanted])
             np.add.at(counts[record], labels[row][wanted], 1)
-        if expert is not None:
-            trace = steering.trace[0]
-            at = predicting.to(trace.probs.device)
-            used = ((trace.ids == expert) & (trace.weights > 0)).any(-1)[:, at]
-            shares += [float(trace.probs[:, at, expert].double().sum()), float(used.sum()), used.numel()]
-    return sums, counts, (shares[0] / max(shares[2], 1), shares[1] / max(shares[2], 1))
+        trace = steering.trace[0]
+        probs, ids, weights = (x[:, predicting.to(x.device)] for x in (trace.probs, trace.ids, trace.weights))
+        chosen = torch.zeros_like(probs, dtype=torch.float64).scatter_add_(-1, ids.long(), (weights > 0).double())
+        probability += probs.double().sum((0, 1)).cpu().numpy()
+        usage += chosen.sum((0, 1)).cpu().numpy()
+        tokens += probs.shape[0] * probs.shape[1]
+    return sums, counts, probability / max(tokens, 1), usage / max(tokens, 1)
 
 
 # ---------------------------------------------------------------- answers side by side

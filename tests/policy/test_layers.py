@@ -77,10 +77,10 @@ RANKS = [
     {"_C", "experts", "errors", "files", "progress", "estimate", "cuda"},
     {"_native"},
     {"ops", "curriculum"},
-    {"modeling", "engine", "optim", "steering", "data"},
+    {"modeling", "engine", "interventions", "optim", "steering", "data"},
     {"convert"},
     {"training", "report"},
-    {"analysis", "evaluation"},
+    {"analysis", "deltas", "evaluation"},
     {"demo"},
     {"cli"},
 ]
