@@ -15,6 +15,7 @@ from micro.analysis.result import Result
 from micro.analysis.statistics import interval
 from micro.analysis.suites import LossSuite, Suite
 from micro.files import write_text
+from micro.modeling.controls import ExpertNames
 
 __all__ = ["AblationReport", "LossSuite", "Suite", "ablation"]
 
@@ -46,6 +47,7 @@ class AblationReport(Result):
     higher_is_better: list[bool] = field(default_factory=list)  # of each row; empty = losses
     units: list[str] = field(default_factory=list)
     members: list[list[str]] = field(default_factory=list)  # experts of each condition
+    domains: list[str] = field(default_factory=list)  # expert that each row belongs to, or its name
     claims: list[Line] = field(default_factory=list)
     best: list[Line] = field(default_factory=list)
 
@@ -56,13 +58,15 @@ class AblationReport(Result):
 
     @property
     def own_domain_is_worst(self) -> dict[str, bool]:
-        """For each row named like a single-expert condition: does it harm that row most of all single experts?"""
+        """For each row that belongs to an expert: does ablating that one alone harm it most of all single experts?"""
         verdict = {}
         singles = [c for c in range(len(self.conditions)) if not self.members or len(self.members[c]) <= 1]
         for r, row in enumerate(self.rows):
-            if row in self.conditions:
+            domain = self.domains[r] if self.domains else row
+            if domain in self.conditions:
                 harm = self.harm(r)
-                verdict[row] = max(singles, key=lambda c, harm=harm: harm[c]) == self.conditions.index(row)  # type: ignore[misc]
+                worst = singles[int(np.argmax([harm[c] for c in singles]))]
+                verdict[row] = worst == self.conditions.index(domain)
         return verdict
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,13 +180,20 @@ def ablation(
 
 
 def asked_conditions(model: Any, sets: Literal["all"] | Sequence[str | Sequence[str]] | None) -> list[Condition]:
+    """One condition per set to remove, its experts by name and in the model's order."""
     experts = expert_names(model)
     if isinstance(sets, str):
         if sets != "all":
             raise ValueError(f'sets is {sets!r}, expected "all" or a list of sets')
         return [Condition("+".join(group), group) for group in all_sets(experts)]
-    chosen = [(s,) if isinstance(s, str) else tuple(s) for s in (experts if sets is None else sets)]
-    return [Condition("+".join(group), group) for group in chosen]
+    known = ExpertNames(model.config)
+    groups = []
+    for value in experts if sets is None else sets:
+        members = sorted(set(known.many(value, "sets")))
+        if not 0 < len(members) < len(experts):
+            raise ValueError(f"sets: {value!r} removes {len(members)} of {len(experts)} experts; leave one, remove one")
+        groups.append(tuple(experts[e] for e in members))
+    return [Condition("+".join(group), group) for group in groups]
 
 
 def row_names(every: Sequence[Scores]) -> list[list[str]]:
@@ -208,6 +219,7 @@ def _add_rows(report: AblationReport, scores: Scores, names: Sequence[str], draw
         report.items.append(int(scores.counts[:, row].sum()))
         report.higher_is_better.append(scores.traits.higher_is_better)
         report.units.append(scores.traits.unit)
+        report.domains.append(str(getattr(scores.suite, "domain", names[row])))
 
 
 def _best(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Routes = Literal["free", "replayed"]
 MOST_EXPERTS = 8  # of which all sets are made: 254
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 GROUP = 8  # conditions that a suite gets at once; scores are kept group by group
 
 
@@ -181,18 +182,19 @@ class ScoreStore:
 
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
-    """Of the config, and of the sum, the absolute sum and the first numbers of every parameter: any training step
-    changes it. Not made against somebody who wants two models to have the same one.
+    """Of the config and the bits of every parameter, row by row: integer sums, so it does not depend on device or
+    threads, and a training step or an exchange of experts changes it. Not made against forgery.
     """
-    digest = hashlib.sha256(repr(type(model).__name__).encode())
+    digest = hashlib.sha256(type(model).__name__.encode())
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         digest.update(config.to_json_string().encode())
     for name, parameter in model.named_parameters():
-        numbers = parameter.detach()
-        sums = [float(numbers.sum(dtype=torch.float64)), float(numbers.abs().sum(dtype=torch.float64))]
-        head = numbers.flatten()[:16].double().cpu().tolist()
-        digest.update(repr((name, tuple(numbers.shape), str(numbers.dtype), sums, head)).encode())
+        bits = parameter.detach().contiguous().reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
+        rows = bits.view(_INTEGERS[bits.element_size()]).sum(-1, dtype=torch.int64)
+        digest.update(
+            repr((name, tuple(parameter.shape), str(parameter.dtype))).encode() + rows.cpu().numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

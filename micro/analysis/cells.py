@@ -182,6 +182,8 @@ def cell_map(
 
     Source: model.md 9.3 (per-cell map); capabilities.md 2.
     """
+    if 0 < random_draws < RANDOM_DRAWS:
+        raise ValueError(f"random_draws: a control needs at least {RANDOM_DRAWS} draws (0 = none), got {random_draws}")
     several = list(suites) if isinstance(suites, Sequence) else [suites]
     experts, layers = expert_names(model), int(model.config.num_hidden_layers)
     cells = [Condition(f"{l}:{name}", {l: (name,)}) for l, name in product(range(layers), experts)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from micro.analysis.ablation_report import asked_conditions, row_names
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, score
+from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
 from micro.analysis.ablation_statistics import DRAWS, Line, drawn_means
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, holm, interval, permutation_p
@@ -78,7 +78,8 @@ def routing_compensation(
         model: a MiCRo model of either kind.
         suites: tasks that read the same texts in the same batches under every condition (losses, candidate choices);
             generated text cannot be replayed.
-        sets: what to remove, as in :func:`~micro.analysis.ablation`.
+        sets: what to remove, as in :func:`~micro.analysis.ablation`; "all" goes without the sets that leave a single
+            expert, where routing has nothing to choose.
         controls: other steering arguments, the same in every condition.
         draws: of the bootstrap over records.
         seed: of the bootstrap.
@@ -95,7 +96,10 @@ def routing_compensation(
     Source: capabilities.md 7 (routes replayed and free); model.md 9.3.
     """
     several = list(suites) if isinstance(suites, Sequence) else [suites]
-    free = [INTACT, *asked_conditions(model, sets)]
+    asked = asked_conditions(model, sets)
+    if sets == "all":
+        asked = [c for c in asked if len(c.ablate) < len(expert_names(model)) - 1]
+    free = [INTACT, *asked]
     replayed = [Condition(c.name, c.ablate, routes="replayed") for c in free]
     every = score(
         model, several, [*free, *replayed], controls=controls, store=store, what="routes replayed", progress=progress

@@ -8,7 +8,9 @@ from micro.experts import NAMES
 
 
 def model(experts=NAMES, layers=3, vocab_size=100):
-    config = SimpleNamespace(expert_names=list(experts), num_hidden_layers=layers, vocab_size=vocab_size)
+    config = SimpleNamespace(
+        expert_names=list(experts), num_experts=len(experts), num_hidden_layers=layers, vocab_size=vocab_size
+    )
     return SimpleNamespace(config=config, training=False)
 
 

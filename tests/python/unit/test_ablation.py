@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from planted_suites import Planted, model
 
 from micro import analysis
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, all_sets, ratio_error, score
+from micro.analysis.ablation_scores import (
+    INTACT,
+    Condition,
+    Scores,
+    ScoreStore,
+    all_sets,
+    model_fingerprint,
+    ratio_error,
+    score,
+)
 from micro.analysis.ablation_statistics import items_are_right_or_wrong, paired_errors
 from micro.analysis.suites import NATS, SHARE, traits
 from micro.experts import NAMES
@@ -259,6 +269,43 @@ def test_a_control_that_conditions_set_is_refused():
         analysis.ablation(model(), Planted(loss), "logic")
     with pytest.raises(ValueError, match="no two experts"):
         analysis.ablation(model(experts=["one"]), Planted(loss))
+
+
+def test_sets_are_named_in_any_way_and_checked_before_anything_is_scored():
+    suite = Planted(loss)
+    report = analysis.ablation(model(), suite, ["ToM", ["language", "logic"], [0, "MD"]], draws=10)
+    assert report.conditions == ["none", "social", "logic+language", "logic"]
+    suite.calls.clear()
+    for wrong, message in (([[]], "removes 0 of 4"), ([NAMES], "removes 4 of 4"), (["socail"], "unknown expert")):
+        with pytest.raises(ValueError, match=message):
+            analysis.ablation(model(), suite, wrong)
+    assert not suite.calls
+
+
+def test_a_task_belongs_to_the_expert_that_it_names():
+    task = Planted(lambda gone, record: 1.0 - gone[0, 1], names=["stories"], domain="social", higher_is_better=True)
+    assert analysis.ablation(model(), task, draws=10).own_domain_is_worst == {"stories": True}
+    task.domain = "world"
+    assert analysis.ablation(model(), task, draws=10).own_domain_is_worst == {"stories": False}
+
+
+def test_any_change_of_the_weights_is_another_model():
+    def two(seed=0):
+        torch.manual_seed(seed)
+        return torch.nn.ModuleDict({"blocks": torch.nn.Linear(3, 8), "gain": torch.nn.LayerNorm(3)})
+
+    plain = model_fingerprint(two())
+    assert plain == model_fingerprint(two()) != model_fingerprint(two(1))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert model_fingerprint(two().to(dtype)) != plain
+    swapped = two()
+    with torch.no_grad():
+        swapped["blocks"].weight.copy_(swapped["blocks"].weight[[0, 1, 2, 3, 4, 5, 7, 6]])  # two experts exchanged
+    assert model_fingerprint(swapped) != plain
+    nudged = two()
+    with torch.no_grad():
+        nudged["gain"].weight[1].nextafter_(torch.tensor(2.0))
+    assert model_fingerprint(nudged) != plain
 
 
 def test_what_suites_say_about_themselves():

@@ -69,6 +69,10 @@ def test_an_expert_that_matters_as_a_whole_beats_random_cells_and_one_that_does_
     assert used == set(NAMES)
     with pytest.raises(ValueError, match="at least 20"):
         random_cells(model(), suite, draws=19)
+    suite.calls.clear()
+    with pytest.raises(ValueError, match="at least 20"):
+        cell_map(model(), suite, random_draws=19)
+    assert not suite.calls
 
 
 def test_signs_of_records_are_flipped_exactly_and_at_random():
