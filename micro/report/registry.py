@@ -81,6 +81,11 @@ KINDS: dict[str, Kind] = {
         "Shapley values",
         "The fair share of each expert in a task's score, exact over all sets of experts, and how pairs interact.",
     ),
+    "cell_shapley": Kind(
+        "micro.analysis.cell_shapley_report:CellShapleyReport",
+        "Shapley values of cells",
+        "In which layers an expert's share of a task's score arises, from sampled orders of its layers.",
+    ),
     "localizer": Kind(
         "micro.analysis.localizers.result:LocalizerResult",
         "Localizers",
