@@ -124,13 +124,13 @@ std::function<void()> signal_check() {
 }
 
 micro::CallOptions call_options(const Tensors& controls, int64_t experts_per_token, int64_t chunk, bool all_logits,
-                                bool trace) {
-  return {controls_of(controls), experts_per_token, chunk, all_logits, trace, signal_check()};
+                                bool trace, micro::Interventions* interventions) {
+  return {controls_of(controls), experts_per_token, chunk, all_logits, trace, signal_check(), interventions};
 }
 
 py::tuple prefill(Engine& engine, const Rows& rows, const Tensors& controls, int64_t experts_per_token, int64_t chunk,
-                  bool all_logits, bool trace) {
-  const micro::CallOptions options = call_options(controls, experts_per_token, chunk, all_logits, trace);
+                  bool all_logits, bool trace, micro::Interventions* interventions) {
+  const micro::CallOptions options = call_options(controls, experts_per_token, chunk, all_logits, trace, interventions);
   micro::CallResult result;
   {
     const py::gil_scoped_release free;
@@ -140,8 +140,8 @@ py::tuple prefill(Engine& engine, const Rows& rows, const Tensors& controls, int
 }
 
 py::tuple decode(Engine& engine, const py::object& tokens, const Tensors& controls, int64_t experts_per_token,
-                 bool trace) {
-  const micro::CallOptions options = call_options(controls, experts_per_token, 0, false, trace);
+                 bool trace, micro::Interventions* interventions) {
+  const micro::CallOptions options = call_options(controls, experts_per_token, 0, false, trace, interventions);
   const at::Tensor ids = from_python(tokens);
   micro::CallResult result;
   {
@@ -156,7 +156,7 @@ using Draw = std::tuple<double, int64_t, double, double, uint64_t>;
 py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, const std::vector<Draw>& sampling,
                   std::optional<std::vector<int64_t>> stop_ids, const Tensors& prompt, const Tensors& answer,
                   const py::object& answer_at, int64_t min_new_tokens, int64_t experts_per_token, int64_t chunk,
-                  bool trace, const py::object& on_token) {
+                  bool trace, const py::object& on_token, micro::Interventions* interventions) {
   micro::GenerateOptions options;
   options.max_new_tokens = max_new_tokens;
   options.min_new_tokens = min_new_tokens;
@@ -182,6 +182,7 @@ py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, c
       return truth != 0;
     };
   options.on_step = signal_check();
+  options.interventions = interventions;
   micro::Generation result;
   {
     const py::gil_scoped_release free;
@@ -239,13 +240,14 @@ void bind_engine(py::module_& m) {
       options);
   engine
       .def("prefill", &prefill, "Append tokens to the rows: (logits, trace or None).", "rows"_a, "controls"_a,
-           py::kw_only(), "experts_per_token"_a = 0, "chunk"_a = 0, "all_logits"_a = false, "trace"_a = false)
+           py::kw_only(), "experts_per_token"_a = 0, "chunk"_a = 0, "all_logits"_a = false, "trace"_a = false,
+           "interventions"_a = py::none())
       .def("decode", &decode, "Append one token to each row: (logits, trace or None).", "tokens"_a, "controls"_a,
-           py::kw_only(), "experts_per_token"_a = 0, "trace"_a = false)
+           py::kw_only(), "experts_per_token"_a = 0, "trace"_a = false, "interventions"_a = py::none())
       .def("generate", &generate, "Read prompts and write answers: tokens, finish, trace.", "prompts"_a,
            "max_new_tokens"_a, "sampling"_a, "stop_ids"_a, "prompt"_a, "answer"_a, py::kw_only(),
            "answer_at"_a = py::none(), "min_new_tokens"_a = 0, "experts_per_token"_a = 0, "chunk"_a = 0,
-           "trace"_a = false, "on_token"_a = py::none())
+           "trace"_a = false, "on_token"_a = py::none(), "interventions"_a = py::none())
       .def("cancel", &Engine::cancel, "End the running generate() after its present step, from any thread.")
       .def_property_readonly("rows", &Engine::rows)
       .def_property_readonly("lengths", &Engine::lengths)

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
   bind_build_info(m);
   bind_checkpoint(m);
   bind_curriculum(m);
+  bind_interventions(m);
   bind_engine(m);
   bind_spans(m);
 }

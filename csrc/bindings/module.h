@@ -10,4 +10,5 @@ void bind_build_info(py::module_& m);
 void bind_checkpoint(py::module_& m);
 void bind_curriculum(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_interventions(py::module_& m);
 void bind_spans(py::module_& m);

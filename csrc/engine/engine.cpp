@@ -129,6 +129,12 @@ std::unique_ptr<engine::TraceRecorder> engine::State::recorder(bool wanted, int6
   return std::make_unique<engine::TraceRecorder>(config, dtype, accumulator(), numerics == Numerics::kFast, rows, k);
 }
 
+engine::ActionTable* engine::State::actions(const Interventions* given) const {
+  if (!given) return nullptr;
+  given->table().check_fits(config);
+  return &given->table();
+}
+
 bool engine::State::read(const Reading& reading, at::Tensor& logits) {
   const auto rows = static_cast<int64_t>(reading.tokens.size());
   int64_t longest = 0;
@@ -160,7 +166,8 @@ bool engine::State::read(const Reading& reading, at::Tensor& logits) {
       }
     }
     controls.bind(reading.controls, {rows, slots, counts.data(), offsets.data(), origins.data()});
-    forward.run({ids.data(), counts.data(), origins.data(), rows, slots}, controls, reading.k, cache, reading.trace);
+    forward.run({ids.data(), counts.data(), origins.data(), rows, slots}, controls, reading.k, cache, reading.trace,
+                reading.actions);
     if (row.empty()) continue;
     at::Tensor part = at::empty({static_cast<int64_t>(row.size()), config.vocab_size}, accumulator());
     forward.logits(row, column, part);
@@ -236,7 +243,8 @@ CallResult Engine::prefill(const std::vector<std::vector<int64_t>>& tokens, cons
           .chunk = options.chunk,
           .all_logits = options.all_logits,
           .trace = trace.get(),
-          .step = step},
+          .step = step,
+          .actions = s.actions(options.interventions)},
          result.logits);
   undo.done();
   if (trace) result.trace = trace->assemble(std::vector<int64_t>(tokens.size(), 0));

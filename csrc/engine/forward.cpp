@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "engine/interventions.h"
 #include "engine/trace.h"
 #include "micro/rope.h"
 #include "micro_kernels/rms_norm.h"
@@ -133,8 +134,18 @@ void Forward::reserve(int64_t slots) {
 }
 
 void Forward::run(const Tokens& tokens, const BoundControls& controls, int64_t experts_per_token, Cache& cache,
-                  TraceRecorder* trace) {
-  BlockForwardParams p = params(tokens, experts_per_token, cache, trace != nullptr);
+                  TraceRecorder* trace, ActionTable* actions) {
+  micro_kernels::BlockHooks hooks;
+  int64_t layer = 0;
+  if (actions) {
+    actions->begin({tokens.counts, cache.lengths().data(), tokens.origins, tokens.rows, tokens.slots});
+    for (int64_t l = 0; l < config_.num_hidden_layers; ++l) hooks.points |= actions->points(l);  // room for all layers
+    hooks.meet = [&](const micro_kernels::BlockRows& rows) {
+      actions->meet(layer, rows);
+      return micro_kernels::Status::kOk;
+    };
+  }
+  BlockForwardParams p = params(tokens, experts_per_token, cache, trace != nullptr, hooks.points ? &hooks : nullptr);
   buffers_ = divide(p);
   place(tokens, cache, p);
   embed(tokens, buffers_.x);
@@ -147,6 +158,12 @@ void Forward::run(const Tokens& tokens, const BoundControls& controls, int64_t e
     p.x = buffers_.x;
     p.y = buffers_.y;
     controls.apply(l, p.route);
+    if (actions) {
+      layer = l;
+      actions->meet_residual(l, buffers_.x, shape_.dtype);
+      hooks.points = actions->points(l);
+      p.hooks = hooks.points ? &hooks : nullptr;
+    }
     check(kName, micro_kernels::cpu::block_forward(p, buffers_.block, parallel_for));
     if (trace) {
       const LayerDecision decision{buffers_.ids,       buffers_.weights, buffers_.probs,
@@ -157,12 +174,14 @@ void Forward::run(const Tokens& tokens, const BoundControls& controls, int64_t e
     if (cache.shape().lazy) make_due(l, cache);
     std::swap(buffers_.x, buffers_.y);
   }
+  if (actions) actions->meet_residual(config_.num_hidden_layers, buffers_.x, shape_.dtype);
   cache.advance(tokens.counts);
   columns_ = tokens.slots;
 }
 
 // Everything that does not change from layer to layer and needs no memory.
-BlockForwardParams Forward::params(const Tokens& tokens, int64_t experts_per_token, Cache& cache, bool traced) {
+BlockForwardParams Forward::params(const Tokens& tokens, int64_t experts_per_token, Cache& cache, bool traced,
+                                   const micro_kernels::BlockHooks* hooks) {
   int64_t keys = 0;
   for (int64_t b = 0; b < tokens.rows; ++b) keys = std::max<int64_t>(keys, cache.length(b) + tokens.slots);
   cache.reserve(keys);
@@ -186,6 +205,7 @@ BlockForwardParams Forward::params(const Tokens& tokens, int64_t experts_per_tok
   p.route.rule = rule_;
   p.route.dtype = shape_.dtype;
   p.raw = traced ? slots_.data() : nullptr;  // anything but null while sizes are asked for
+  p.hooks = hooks;
   return p;
 }
 

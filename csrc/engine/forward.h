@@ -15,6 +15,7 @@
 
 namespace micro::engine {
 
+class ActionTable;
 class TraceRecorder;
 
 // New tokens of every row of the cache: row b has the first counts[b] of `slots` columns.
@@ -35,9 +36,9 @@ class Forward {
   // Makes rotary tables for so many slots.
   void reserve(int64_t slots);
 
-  // Appends the tokens to the cache. `trace` may be nullptr.
+  // Appends the tokens to the cache. `trace` and `actions` may be nullptr.
   void run(const Tokens& tokens, const BoundControls& controls, int64_t experts_per_token, Cache& cache,
-           TraceRecorder* trace);
+           TraceRecorder* trace, ActionTable* actions = nullptr);
 
   // Logits of columns of the last run, [count, V] in the accumulator type: token row[i], column[i].
   void logits(const std::vector<int64_t>& row, const std::vector<int64_t>& column, at::Tensor& out);
@@ -49,7 +50,8 @@ class Forward {
     bool* real;
   };
 
-  micro_kernels::BlockForwardParams params(const Tokens& tokens, int64_t experts_per_token, Cache& cache, bool traced);
+  micro_kernels::BlockForwardParams params(const Tokens& tokens, int64_t experts_per_token, Cache& cache, bool traced,
+                                           const micro_kernels::BlockHooks* hooks);
   Buffers divide(const micro_kernels::BlockForwardParams& params);
   void embed(const Tokens& tokens, char* x) const;
   void place(const Tokens& tokens, const Cache& cache, micro_kernels::BlockForwardParams& params);

@@ -122,6 +122,7 @@ Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, co
 
   Answers answers(s, prompts, options);
   const auto trace = s.recorder(options.trace, rows, k);
+  engine::ActionTable* const actions = s.actions(options.interventions);
   const EmptyAtEnd empty{s.cache};
   s.cancelled.store(false);
   s.cache.reset();
@@ -137,7 +138,8 @@ Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, co
                        .chunk = options.chunk,
                        .all_logits = false,
                        .trace = trace.get(),
-                       .step = step},
+                       .step = step,
+                       .actions = actions},
                       logits);
   BoundControls controls(s.config, s.accumulator());
   const std::vector<int32_t> ones(prompts.size(), 1);
@@ -158,7 +160,7 @@ Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, co
       logits = logits.narrow(0, 0, count);
     }
     s.forward.run({answers.next().data(), ones.data(), answers.origins().data(), count, 1}, controls, k, s.cache,
-                  trace.get());
+                  trace.get(), actions);
     s.forward.logits(batch, zeros, logits);
   }
   if (trace) {

@@ -9,6 +9,7 @@
 
 #include "engine/cache.h"
 #include "engine/forward.h"
+#include "engine/interventions.h"
 #include "engine/trace.h"
 #include "engine/weights.h"
 #include "micro/engine.h"
@@ -23,6 +24,7 @@ struct State {
   int64_t experts_per_token(int64_t asked) const;
   void check_ids(const std::vector<std::vector<int64_t>>& rows) const;
   std::unique_ptr<TraceRecorder> recorder(bool wanted, int64_t rows, int64_t k) const;
+  ActionTable* actions(const Interventions* given) const;  // nullptr for nothing
 
   // Reads tokens of all rows, `chunk` columns at a time; between chunks `step` is called, which may return true to
   // end. Writes the logits of each row's last token, or of all tokens, to `logits`.
@@ -33,6 +35,7 @@ struct State {
     bool all_logits;
     TraceRecorder* trace;
     std::function<bool()> step;
+    ActionTable* actions;
   };
   bool read(const Reading& reading, at::Tensor& logits);
 

@@ -144,7 +144,7 @@ class Layer {
  private:
   // Keys that are made late need the host to count them; packed weights are the CPU's.
   bool supported() {
-    if (p_.cache.x || (!s_.post_norm && s_.rounding != GainRounding::kBeforeGain)) return false;
+    if (p_.cache.x || p_.hooks || (!s_.post_norm && s_.rounding != GainRounding::kBeforeGain)) return false;
     const BlockWeights& w = p_.weights;
     const int64_t a = n_.key_experts, e = s_.experts, inner = s_.inner * s_.hidden;
     q_ = stacked(w.q, a, n_.query_width * s_.hidden, s_.dtype);

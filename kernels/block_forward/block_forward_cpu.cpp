@@ -131,7 +131,12 @@ class Layer {
     route_params.experts = s_.experts;
     route_params.dtype = folded() ? accumulator_of(s_.dtype) : s_.dtype;
     route_params.logits = p_.raw ? p_.raw : m_.logits;
-    if (runs_router()) MICRO_RETURN_IF_FAILS(router_out(x, const_cast<void*>(route_params.logits)));
+    if (runs_router()) {
+      void* logits = const_cast<void*>(route_params.logits);
+      MICRO_RETURN_IF_FAILS(router_out(x, logits));
+      MICRO_RETURN_IF_FAILS(
+          show({BlockPoint::kRouter, logits, nullptr, nullptr, size_.tokens, s_.experts, route_params.dtype}));
+    }
     if (converts_router()) route_params.weights = m_.wide_weights;
     MICRO_RETURN_IF_FAILS(route(route_params, parallel_));
     if (converts_router()) narrow(m_.wide_weights, p_.route.weights, size_.pairs);
@@ -331,28 +336,39 @@ class Layer {
 
   // Output matrix and residual: u, and without post_norm the norm of u.
   Status leave_attention(const Queries& queries) {
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kHeads, m_.attention, queries, size_.query_width));
+    const bool apart = !s_.post_norm && wants(BlockPoint::kAttention);
     Parts parts;
     each_expert(queries.offsets, size_.key_experts, [&](int64_t e, int64_t first, int64_t rows) {
       LinearPart part =
           product({m_.attention + first * size_.query_width * element_, nullptr, size_.query_width}, p_.weights.o[e],
                   {m_.behind + first * s_.hidden * element_, nullptr, s_.hidden}, rows, size_.query_width, s_.hidden);
-      if (!s_.post_norm) part.residual = {p_.x, queries.tokens + first, s_.hidden};
+      if (!s_.post_norm && !apart) part.residual = {p_.x, queries.tokens + first, s_.hidden};
       parts.push_back(part);
     });
     MICRO_RETURN_IF_FAILS(multiply(parts));
+    if (apart) {
+      MICRO_RETURN_IF_FAILS(show(BlockPoint::kAttention, m_.behind, queries, s_.hidden));
+      add({.a = p_.x, .a_index = queries.tokens, .b = m_.behind, .y = m_.behind, .rows = queries.rows});
+    }
     MICRO_RETURN_IF_FAILS(norm(m_.behind, p_.weights.post_attention_norm, experts_of(queries), size_.key_experts,
                                m_.normed, queries.rows, s_.hidden));
-    if (s_.post_norm) add({.a = p_.x, .a_index = queries.tokens, .b = m_.normed, .y = m_.u, .rows = queries.rows});
+    if (!s_.post_norm) return Status::kOk;
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kAttention, m_.normed, queries, s_.hidden));
+    add({.a = p_.x, .a_index = queries.tokens, .b = m_.normed, .y = m_.u, .rows = queries.rows});
     return Status::kOk;
   }
 
   // ---- feed-forward and what follows -------------------------------------------------------------------------------
 
   bool one_expert() const { return p_.route.k == 1; }
-  bool keeps_gate() const { return p_.saved && p_.saved->gate; }
+  bool keeps_gate() const { return m_.gate != nullptr; }
   bool keeps_out() const { return p_.saved && p_.saved->out; }
   // The one expert's output goes to its token as soon as it is made.
-  bool at_once() const { return one_expert() && !(s_.whole_block && (s_.post_norm || keeps_out())); }
+  bool at_once() const {
+    return one_expert() && !shows_outputs() && !(s_.whole_block && (s_.post_norm || keeps_out()));
+  }
+  bool shows_outputs() const { return wants(BlockPoint::kFfn) || wants(BlockPoint::kBlockOutput); }
 
   // The experts' feed-forward parts into `ffn_out`, or at once to where they belong.
   Status feed_forward(const ConstRows& x) {
@@ -365,23 +381,28 @@ class Layer {
       else
         part.x.data = static_cast<const char*>(x.data) + first * s_.hidden * element_;
       if (keeps_gate()) {
-        part.y.data = static_cast<char*>(p_.saved->gate) + first * s_.inner * element_;
+        part.y.data = m_.gate + first * s_.inner * element_;
         parts.push_back(part);
         part.matrix = p_.weights.up[e];
-        part.y.data = static_cast<char*>(p_.saved->up) + first * s_.inner * element_;
+        part.y.data = m_.up + first * s_.inner * element_;
       } else {
         part.up = p_.weights.up[e];
       }
       parts.push_back(part);
     });
     MICRO_RETURN_IF_FAILS(multiply(parts));
-    if (keeps_gate()) MICRO_RETURN_IF_FAILS(gate_kept());
+    if (keeps_gate()) {
+      MICRO_RETURN_IF_FAILS(show(BlockPoint::kUp, m_.up, s_.inner));
+      MICRO_RETURN_IF_FAILS(gate_kept());
+    }
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kUnits, m_.inner, s_.inner));
     parts.clear();
     each_expert(m_.offsets, s_.experts, [&](int64_t e, int64_t first, int64_t rows) {
       LinearPart part =
           product({m_.inner + first * s_.inner * element_, nullptr, s_.inner}, p_.weights.down[e],
                   {m_.ffn_out + first * s_.hidden * element_, nullptr, s_.hidden}, rows, s_.inner, s_.hidden);
-      if (s_.whole_block && !s_.post_norm) part.residual = {m_.u + first * s_.hidden * element_, nullptr, s_.hidden};
+      if (s_.whole_block && !s_.post_norm && !shows_outputs())
+        part.residual = {m_.u + first * s_.hidden * element_, nullptr, s_.hidden};
       if (at_once()) {
         part.scale = {p_.route.weights, m_.tokens + first, 1};
         part.y = {s_.whole_block ? p_.y : m_.mixture, m_.tokens + first, s_.hidden};
@@ -392,16 +413,14 @@ class Layer {
   }
 
   Status gate_kept() {
-    return swiglu({.gate = p_.saved->gate,
-                   .up = p_.saved->up,
-                   .y = m_.inner,
-                   .count = m_.offsets[s_.experts] * s_.inner,
-                   .dtype = s_.dtype},
-                  parallel_);
+    return swiglu(
+        {.gate = m_.gate, .up = m_.up, .y = m_.inner, .count = m_.offsets[s_.experts] * s_.inner, .dtype = s_.dtype},
+        parallel_);
   }
 
   // y = sum over a token's experts of weight * (u + feed-forward).
   Status add_up_block(const Queries& queries) {
+    if (shows_outputs()) return add_up_shown(queries);
     if (s_.post_norm) {
       MICRO_RETURN_IF_FAILS(
           norm(m_.ffn_out, p_.weights.post_ffn_norm, m_.experts, s_.experts, m_.normed, queries.rows, s_.hidden));
@@ -416,9 +435,25 @@ class Layer {
     return one_expert() && (s_.post_norm || !keeps_out()) ? clear_idle(p_.y) : combine_experts(p_.y);
   }
 
+  // The same, one step after the other.
+  Status add_up_shown(const Queries& queries) {
+    char* ffn = m_.ffn_out;
+    if (s_.post_norm) {
+      MICRO_RETURN_IF_FAILS(
+          norm(ffn, p_.weights.post_ffn_norm, m_.experts, s_.experts, m_.normed, queries.rows, s_.hidden));
+      ffn = m_.normed;
+    }
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kFfn, ffn, s_.hidden));
+    add({.a = m_.u, .b = ffn, .y = m_.out, .rows = queries.rows});
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kBlockOutput, m_.out, s_.hidden));
+    return combine_experts(p_.y);
+  }
+
   // y = u + sum over a token's experts of weight * feed-forward, behind a norm with post_norm.
   Status add_up_mixture() {
-    MICRO_RETURN_IF_FAILS(one_expert() ? clear_idle(m_.mixture) : combine_experts(m_.mixture));
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kFfn, m_.out, s_.hidden));
+    MICRO_RETURN_IF_FAILS(show(BlockPoint::kBlockOutput, m_.out, s_.hidden));
+    MICRO_RETURN_IF_FAILS(at_once() ? clear_idle(m_.mixture) : combine_experts(m_.mixture));
     const char* mixture = m_.mixture;
     if (s_.post_norm) {
       MICRO_RETURN_IF_FAILS(norm(mixture, p_.weights.post_ffn_norm, nullptr, 1, m_.normed, size_.tokens, s_.hidden));
@@ -447,6 +482,22 @@ class Layer {
                     .expert_count = s_.experts,
                     .dtype = s_.dtype},
                    parallel_);
+  }
+
+  // ---- rows that a caller wants to see ------------------------------------------------------------------------------
+
+  bool wants(BlockPoint point) const { return p_.hooks && p_.hooks->wants(point); }
+  Status show(const BlockRows& rows) { return wants(rows.point) ? p_.hooks->meet(rows) : Status::kOk; }
+
+  // Rows of the plan.
+  Status show(BlockPoint point, void* rows, int64_t width) {
+    return show({point, rows, m_.tokens, m_.experts, m_.offsets[s_.experts], width, s_.dtype});
+  }
+
+  // Rows of the plan, or of all tokens.
+  Status show(BlockPoint point, void* rows, const Queries&, int64_t width) {
+    if (s_.whole_block) return show(point, rows, width);
+    return show({point, rows, nullptr, nullptr, size_.tokens, width, s_.dtype});
   }
 
   // ---- launchers with what all calls share -------------------------------------------------------------------------

@@ -79,6 +79,7 @@ struct Buffers {
   // Only until the attention, and only behind it.
   char *normed_x, *k, *k_other, *v, *q;
   char *normed, *inner, *out, *mixture;
+  char *gate, *up;  // only where somebody wants to see them
   char* k_rotated;  // behind a norm
   char* behind;     // what the output matrix gives
   char* ffn_out;    // what the last matrix gives
@@ -133,6 +134,9 @@ struct Buffers {
     arena.rewind(phase);
     normed = elements(size.queries * s.hidden);
     inner = elements(size.pairs * s.inner);
+    const bool shown = p.hooks && p.hooks->wants(BlockPoint::kUp);
+    gate = kept.gate || shown ? elements_or(kept.gate, size.pairs * s.inner) : nullptr;
+    up = kept.gate || shown ? elements_or(kept.up, size.pairs * s.inner) : nullptr;
     out = elements_or(s.post_norm ? nullptr : kept.out, size.pairs * s.hidden);
     mixture = elements(s.whole_block ? 0 : size.tokens * s.hidden);
     behind = !s.post_norm ? u : kept.behind ? static_cast<char*>(kept.behind) : s.whole_block ? out : mixture;

@@ -13,6 +13,7 @@
 
 #include "micro/checkpoint.h"
 #include "micro/config.h"
+#include "micro/interventions.h"
 
 namespace micro {
 
@@ -72,6 +73,7 @@ struct CallOptions {
   bool all_logits = false;        // of all tokens, not of each row's last
   bool trace = false;
   std::function<void()> on_step = {};  // between chunks; an exception ends the call and leaves the rows as they were
+  Interventions* interventions = nullptr;  // acts on the call's activations and keeps what it reads; not owned
 };
 
 struct CallResult {
@@ -105,6 +107,7 @@ struct GenerateOptions {
   bool trace = false;                                    // of prompt + new tokens - 1 slots
   std::function<bool(int64_t row, int64_t token)> on_token = {};  // every new token; true: the row ends with it
   std::function<void()> on_step = {};                             // between steps; an exception ends the generation
+  Interventions* interventions = nullptr;                         // as in CallOptions; rows: of the prompts
 };
 
 struct Generation {

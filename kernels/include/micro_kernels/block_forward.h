@@ -4,6 +4,7 @@
 // CPU bit for bit; here they share buffers, and a decoded token passes six parallel regions, or nine launches.
 
 #include <cstdint>
+#include <functional>
 
 #include "micro_kernels/expert_attention.h"
 #include "micro_kernels/expert_linear.h"
@@ -77,6 +78,27 @@ struct BlockSaved {
   void* out;         // [N, H], the experts' outputs; post_norm: what the last matrix gives, in front of its norm
 };
 
+// Rows that a layer shows on its way, in the order of this list (with FFN experts the router comes behind attention).
+enum class BlockPoint : int8_t { kRouter, kHeads, kAttention, kUp, kUnits, kFfn, kBlockOutput };
+
+struct BlockRows {
+  BlockPoint point;
+  void* rows;              // [count, width], may be changed
+  const int32_t* tokens;   // [count]; nullptr: the row's number, tokens that are not real included
+  const int32_t* experts;  // [count]; nullptr: rows of tokens, of no expert
+  int64_t count, width;
+  DType dtype;  // the element type; router logits of a folded map: the accumulator type
+};
+
+// `meet` gets the rows of the points asked for, from the calling thread, and may change them. The layer then takes the
+// steps around those points one by one: the same bits.
+struct BlockHooks {
+  uint32_t points = 0;  // 1 << point
+  std::function<Status(const BlockRows&)> meet;
+
+  bool wants(BlockPoint point) const { return points >> static_cast<int>(point) & 1; }
+};
+
 struct BlockForwardParams {
   BlockShape shape;
   BlockWeights weights;
@@ -103,6 +125,7 @@ struct BlockForwardParams {
   int64_t* regions;         // counts parallel regions that had more than one piece of work; or nullptr
   const BlockSaved* saved = nullptr;  // a backward pass will follow
   bool tf32 = false;                  // CUDA only: factors of float32 may be rounded to 10 bits
+  const BlockHooks* hooks = nullptr;  // CPU only, not together with saved
 };
 
 namespace cpu {
@@ -113,8 +136,8 @@ Status block_forward(const BlockForwardParams& params, char* workspace, const Pa
 }  // namespace cpu
 
 // Arrays of matrices lie on the host, what they point at, and everything else, on the device. The matrices of an array
-// must be one tensor [E, out, in]. kUnsupported: packed matrices, a lazy cache, another rounding than the family's, or
-// a cache whose rows an int32 cannot count.
+// must be one tensor [E, out, in]. kUnsupported: packed matrices, a lazy cache, hooks, another rounding than the
+// family's, or a cache whose rows an int32 cannot count.
 namespace cuda {
 int64_t block_forward_workspace(const BlockForwardParams& params);
 Status block_forward(const BlockForwardParams& params, void* workspace, void* stream);
