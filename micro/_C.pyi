@@ -193,11 +193,18 @@ class Engine:
         chunk: int = 0,
         all_logits: bool = False,
         trace: bool = False,
+        interventions: Interventions | None = None,
     ) -> tuple[Tensor, dict[str, Any] | None]:
         """Append tokens to the rows: (logits, trace or None)."""
 
     def decode(
-        self, tokens: Tensor, controls: Mapping[str, Tensor], *, experts_per_token: int = 0, trace: bool = False
+        self,
+        tokens: Tensor,
+        controls: Mapping[str, Tensor],
+        *,
+        experts_per_token: int = 0,
+        trace: bool = False,
+        interventions: Interventions | None = None,
     ) -> tuple[Tensor, dict[str, Any] | None]:
         """Append one token to each row: (logits, trace or None)."""
 
@@ -216,6 +223,7 @@ class Engine:
         chunk: int = 0,
         trace: bool = False,
         on_token: Callable[[int, int], object] | None = None,
+        interventions: Interventions | None = None,
     ) -> dict[str, Any]:
         """Read prompts and write answers: tokens, finish, trace."""
 
@@ -251,6 +259,18 @@ class Engine:
     def weight_bytes(self) -> int: ...
     @property
     def quantization_errors(self) -> dict[str, tuple[float, float]]: ...
+
+# ---- csrc/include/micro/interventions.h -----------------------------------------------------------------------------
+
+class Interventions:
+    """Actions for calls of the engine. micro.engine makes them of micro.interventions."""
+
+    def __init__(self, engine: Engine, actions: Sequence[dict[str, Any]]) -> None: ...
+    def reading(self, action: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of a read: values, layer, expert, row, slot."""
+
+    def moments(self, action: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of moments: count, mean, m2, scatter or None."""
 
 # ---- csrc/include/micro/spans.h -------------------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ from micro._native import core
 
 if TYPE_CHECKING:
     from micro._C import Engine as NativeEngine
+    from micro._C import Interventions as NativeActions
+    from micro.interventions import Action, Findings
+    from micro.interventions.engine_actions import EngineActions
     from micro.modeling import MiCRoConfig, MiCRoForCausalLM, RoutingTrace, Steering
 
 Ids = Sequence[int]
@@ -35,18 +38,19 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: 
 @dataclass
 class EngineOutput:
     """Of one call. logits: float32 (float64 for float64) [B,V] of each row's last token, or with ``all_logits``
-    [B,S,V], 0 behind short rows; routing: rows begin in the first slot.
+    [B,S,V], 0 behind short rows; routing: rows begin in the first slot; findings: what ``interventions`` read.
     """
 
     logits: Tensor
     routing: RoutingTrace | None = None
+    findings: Findings | None = None
 
 
 @dataclass
 class EngineGeneration:
     """Answers. prompts, tokens: ids of each row (a stop token included); finish: "stop", "length", "callback" or
     "cancelled"; texts: the answers, where the engine has a tokenizer; routing: prompt + new tokens - 1 slots, prompts
-    end in the same slot.
+    end in the same slot; findings: what ``interventions`` read.
     """
 
     prompts: list[list[int]]
@@ -54,6 +58,7 @@ class EngineGeneration:
     finish: list[str]
     texts: list[str] | None = None
     routing: RoutingTrace | None = None
+    findings: Findings | None = None
 
 
 class Engine:
@@ -128,26 +133,45 @@ class Engine:
         chunk: int = 0,
         all_logits: bool = False,
         output_routing: bool = False,
+        interventions: Sequence[Action] = (),
         **controls: Any,
     ) -> EngineOutput:
         """Append tokens to the rows; the first call makes the rows. Rows may have different lengths.
 
-        chunk: tokens per row that are worked off at a time, 0 = as many as are fast. Controls: those of the model's
+        chunk: tokens per row that are worked off at a time, 0 = as many as are fast. interventions: actions on
+        activations, as in ``model.intervene``; slots count each row's own tokens. Controls: those of the model's
         ``forward``; an S axis counts each row's new tokens.
         """
         rows = _rows(tokens)
         given, k = self._controls(controls, len(rows), max(map(len, rows), default=0))
+        actions = self._actions(interventions)
         logits, trace = self._native.prefill(
-            rows, given, experts_per_token=k, chunk=chunk, all_logits=all_logits, trace=output_routing
+            rows,
+            given,
+            experts_per_token=k,
+            chunk=chunk,
+            all_logits=all_logits,
+            trace=output_routing,
+            interventions=_table(actions),
         )
-        return EngineOutput(logits, self._trace(trace))
+        return EngineOutput(logits, self._trace(trace), _findings(actions))
 
-    def decode(self, tokens: Tensor | Ids, *, output_routing: bool = False, **controls: Any) -> EngineOutput:
-        """Append one token to each row: tokens [B]."""
+    def decode(
+        self,
+        tokens: Tensor | Ids,
+        *,
+        output_routing: bool = False,
+        interventions: Sequence[Action] = (),
+        **controls: Any,
+    ) -> EngineOutput:
+        """Append one token to each row: tokens [B]. interventions: as in :meth:`prefill`."""
         tokens = torch.as_tensor(tokens)
         given, k = self._controls(controls, self.rows, 1)
-        logits, trace = self._native.decode(tokens, given, experts_per_token=k, trace=output_routing)
-        return EngineOutput(logits, self._trace(trace))
+        actions = self._actions(interventions)
+        logits, trace = self._native.decode(
+            tokens, given, experts_per_token=k, trace=output_routing, interventions=_table(actions)
+        )
+        return EngineOutput(logits, self._trace(trace), _findings(actions))
 
     def generate(
         self,
@@ -164,14 +188,16 @@ class Engine:
         on_token: Callable[[int, int], object] | None = None,
         chunk: int = 0,
         output_routing: bool = False,
+        interventions: Sequence[Action] = (),
         **controls: Any,
     ) -> EngineGeneration:
         """Read prompts (texts or ids) and write answers; rows that ended cost nothing more.
 
         temperature 0 takes the most probable token; sampling options may be lists, one entry per row; row r of one
         ``seed`` draws with seed + r. stop_ids: default the model's end-of-sequence ids, none of which is drawn before
-        ``min_new_tokens``. on_token(row, token) sees every new token; what it returns, if true, ends the row. Controls:
-        those of the model's ``generate``; an S axis counts each row's own prompt tokens, prompts need no padding.
+        ``min_new_tokens``. on_token(row, token) sees every new token; what it returns, if true, ends the row.
+        interventions: as in :meth:`prefill`, in prompts and answers. Controls: those of the model's ``generate``; an S
+        axis counts each row's own prompt tokens, prompts need no padding.
         """
         from micro.modeling import engine_controls
 
@@ -180,6 +206,7 @@ class Engine:
         steering = self._steering(controls)
         answer = engine_controls.answer_controls(steering, rows, slots, 1)
         by_step = engine_controls.changes_by_step(steering)
+        actions = self._actions(interventions)
         found = self._native.generate(
             ids,
             max_new_tokens,
@@ -195,11 +222,13 @@ class Engine:
             chunk=chunk,
             trace=output_routing,
             on_token=on_token,
+            interventions=_table(actions),
         )
         texts = None
         if self.tokenizer is not None:
             texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in found["tokens"]]
-        return EngineGeneration(ids, found["tokens"], found["finish"], texts, self._trace(found["trace"]))
+        trace, findings = self._trace(found["trace"]), _findings(actions)
+        return EngineGeneration(ids, found["tokens"], found["finish"], texts, trace, findings)
 
     def cancel(self) -> None:
         """End the running :meth:`generate` after its present step; it returns what it has."""
@@ -288,6 +317,13 @@ class Engine:
         steering = self._steering(controls)
         return engine_controls.call_controls(steering, rows, slots), steering.experts_per_token or 0
 
+    def _actions(self, interventions: Sequence[Action]) -> EngineActions | None:
+        if not interventions:
+            return None
+        from micro.interventions.engine_actions import EngineActions
+
+        return EngineActions(self._native, self.config, interventions)
+
     def _ids(self, prompts: Prompts) -> list[list[int]]:
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, Tensor) and len(texts) and isinstance(texts[0], str):
@@ -302,6 +338,14 @@ class Engine:
         if trace is None:
             return None
         return RoutingTrace(**trace, expert_names=list(self.config.expert_names or []))
+
+
+def _table(actions: EngineActions | None) -> NativeActions | None:
+    return None if actions is None else actions.table
+
+
+def _findings(actions: EngineActions | None) -> Findings | None:
+    return None if actions is None else actions.findings()
 
 
 def _rows(tokens: Ids | Sequence[Ids] | Tensor) -> list[list[int]]:

@@ -13,21 +13,28 @@ the order given, so a ``read`` behind a ``zero`` sees zeros. Points: :mod:`micro
 from micro.interventions.actions import Action, moments, read, replace, resample, scale, shift, zero
 from micro.interventions.points import POINTS, Point
 from micro.interventions.readings import Moments, Reading
-from micro.interventions.session import Session, intervene
+from micro.interventions.session import Findings, Session, intervene
+from micro.interventions.table import PointInfo, PointTable, points
+from micro.interventions.variants import variants
 
 __all__ = [
     "POINTS",
     "Action",
+    "Findings",
     "Moments",
     "Point",
+    "PointInfo",
+    "PointTable",
     "Reading",
     "Session",
     "intervene",
     "moments",
+    "points",
     "read",
     "replace",
     "resample",
     "scale",
     "shift",
+    "variants",
     "zero",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ class Action:
     covariance: bool = False
     only_chosen: bool = False
     keep_graph: bool = False
+    first_row: int = 0  # the row of the batch that counts as row 0 of the source: variants side by side
 
     def __post_init__(self) -> None:
         check_point(self.point)
@@ -96,18 +97,25 @@ def replace(
 
 
 def resample(point: Point, source: Reading, *, seed: int = 0, **where: Any) -> Action:
-    """Put in the values of a random row that another run read at the same layer and expert, one draw per row."""
+    """Put in the values of a random row that another run read at the same layer and expert, one draw per row.
+
+    A draw depends on seed, layer, expert, row of the batch and slot alone: chunks and batches change none.
+    """
     return Action("resample", point, source=source, seed=seed, **where)
 
 
 @dataclass(frozen=True, eq=False)
 class BoundAction:
-    """An action on one model: layers that it acts in, bool columns [L,E',W] (None: all), value [L,E',W] (broadcast)."""
+    """An action on one model: layers that it acts in, bool columns [L,E',W] (None: all), value [L,E',W] (broadcast).
+
+    ``pools`` keeps the source's rows by layer and device, sorted for look-ups.
+    """
 
     action: Action
     layers: frozenset[int]
     columns: Tensor | None
     value: Tensor | None
+    pools: dict[tuple[int, torch.device], Any] = field(default_factory=dict)
 
     def columns_of(self, layer: int) -> Tensor | None:
         """Bool [E',W]."""
@@ -127,7 +135,9 @@ def bind(action: Action, config: MiCRoConfig, device: torch.device) -> BoundActi
     """
     layers = _numbers(action.layers, depth(config, action.point), "layers")
     if layers is None:
-        layers = list(range(depth(config, action.point)) if action.source is None else action.source.layer.tolist())
+        layers = list(
+            range(depth(config, action.point)) if action.source is None else action.source.layer.unique().tolist()
+        )
     columns = _columns(action, config)
     return BoundAction(
         action,

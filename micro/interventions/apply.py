@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from micro import ops
 from micro.interventions.actions import Action, BoundAction
 from micro.interventions.readings import Moments, Reading
+from micro.interventions.sources import picked
 
 if TYPE_CHECKING:
     from micro.modeling.call import Call
@@ -73,68 +75,41 @@ def _named(index: Tensor, values: Tensor, columns: Tensor, rows: Rows) -> tuple[
 
 
 def count(moments: Moments, layer: int, rows: Rows, wanted: Tensor, x: Tensor) -> None:
-    """Take the wanted rows into the moments, expert by expert."""
-    if moments.mean.shape[1] == 1:
-        moments.add(layer, 0, x[wanted])
-        return
-    for expert in range(moments.mean.shape[1]):
-        moments.add(layer, expert, x[wanted & (rows.experts == expert)])
+    """Take the wanted rows into the moments, each into its expert's."""
+    moments.take(layer, x, wanted, _experts(rows, moments.mean.shape[1]))
 
 
 def changed(bound: BoundAction, layer: int, rows: Rows, wanted: Tensor, x: Tensor, call: Call) -> Tensor:
     """Of x [N,W] a copy with the wanted rows and columns changed."""
-    experts = rows.experts.clamp(min=0)
-    touched = wanted[:, None]
-    columns = bound.columns_of(layer)
-    if columns is not None:
-        touched = touched & columns[experts]
-        wanted = touched.any(-1)
-    if not bool(wanted.any()):
-        return x
-    return torch.where(touched, _new(bound, layer, rows, wanted, x, call), x)
-
-
-def _new(bound: BoundAction, layer: int, rows: Rows, wanted: Tensor, x: Tensor, call: Call) -> Tensor:
     kind, source = bound.action.kind, bound.action.source
-    if kind == "zero":
-        return torch.zeros_like(x)
+    columns, value, index = bound.columns_of(layer), bound.value_of(layer), None
+    columns = None if columns is None else columns.to(x.device)
     if source is not None:
-        pick = _same(source, layer, rows, call) if kind == "replace" else _random(bound, layer, rows)
-        if bool((pick[wanted] < 0).any()):
+        if columns is not None:
+            wanted = wanted & columns.any(-1)[rows.experts.clamp(min=0)]
+        if not bool(wanted.any()):
+            return x
+        index = picked(bound, layer, rows.experts, *place(rows, call))
+        if bool((index[wanted] < 0).any()):
             raise ValueError(f"{kind}: the source holds no row of layer {layer} for some of the rows to be changed")
-        return source.values.to(x)[pick.clamp(min=0)]
-    table = bound.value_of(layer)
-    assert table is not None
-    value = table.expand(table.shape[0], x.shape[1]).to(x.dtype)
-    value = value if len(value) == 1 else value[rows.experts.clamp(min=0)]
-    if kind == "scale":
-        return x * value
-    return x + value if kind == "shift" else value.expand_as(x)
+        value = source.values
+        if value.shape[-1] != x.shape[1]:
+            raise ValueError(
+                f"{kind}: the source holds {value.shape[-1]} columns, {bound.action.point!r} has {x.shape[1]}: read it "
+                "without units and heads; give those to this action"
+            )
+    tables = (columns, value) if index is None else (columns,)
+    return ops.intervene(
+        x,
+        "replace" if kind == "resample" else kind,  # type: ignore[arg-type]
+        touched=wanted,
+        experts=_experts(rows, max(1 if table is None else len(table) for table in tables)),
+        columns=columns,
+        value=None if value is None else value.to(x),
+        index=index,
+    )
 
 
-def _same(source: Reading, layer: int, rows: Rows, call: Call) -> Tensor:
-    """For each row the source's row of the same layer, expert, batch row and slot; -1: none."""
-    row, slot = place(rows, call)
-    place_of = {
-        key: i
-        for i, key in enumerate(
-            zip(source.layer.tolist(), source.expert.tolist(), source.row.tolist(), source.slot.tolist(), strict=True)
-        )
-    }
-    keys = zip(rows.experts.tolist(), row.tolist(), slot.tolist(), strict=True)
-    return torch.tensor([place_of.get((layer, *key), -1) for key in keys], device=row.device)
-
-
-def _random(bound: BoundAction, layer: int, rows: Rows) -> Tensor:
-    """For each row a random row of the source of the same layer and expert; -1: none. Another draw in every layer."""
-    source = bound.action.source
-    assert source is not None
-    generator = torch.Generator().manual_seed(bound.action.seed * 1_000_003 + layer)
-    pick = torch.full((len(rows.tokens),), -1)
-    experts = rows.experts.cpu()
-    for expert in experts.unique().tolist():
-        pool = ((source.layer == layer) & (source.expert == expert)).nonzero()[:, 0].cpu()
-        mine = (experts == expert).nonzero()[:, 0]
-        if len(pool):
-            pick[mine] = pool[torch.randint(len(pool), (len(mine),), generator=generator)]
-    return pick.to(rows.tokens.device)
+def _experts(rows: Rows, axis: int) -> Tensor | None:
+    """int32 [N], or None where there is nothing to tell apart."""
+    return None if axis <= 1 else rows.experts.int()

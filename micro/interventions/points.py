@@ -40,10 +40,14 @@ def width(config: MiCRoConfig, point: Point) -> int:
     return int(config.num_experts if point == "router" else config.hidden_size)
 
 
+def token_rows(config: MiCRoConfig, point: Point) -> bool:
+    """Whether the rows at a point belong to tokens, not to experts."""
+    return point in ("residual", "router") or (not config.is_block and point in ("heads", "attention"))
+
+
 def axis(config: MiCRoConfig, point: Point) -> int:
     """E', the length of a point's expert axis: E at routed rows, 1 at token rows."""
-    shared = point in ("residual", "router") or (not config.is_block and point in ("heads", "attention"))
-    return 1 if shared else int(config.num_experts)
+    return 1 if token_rows(config, point) else int(config.num_experts)
 
 
 def depth(config: MiCRoConfig, point: Point) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from micro import ops
+
 
 @dataclass(repr=False)
 class Reading:
@@ -48,7 +50,8 @@ class Reading:
         """
         if not parts:
             raise ValueError("nothing was read: no forward pass met this action's layers, rows and positions")
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+        device = parts[0].values.device  # a model may lie on several
+        return cls(*(torch.cat([getattr(part, f.name).to(device) for part in parts]) for f in fields(cls)))
 
 
 @dataclass(repr=False)
@@ -85,14 +88,19 @@ class Moments:
         return torch.where(self.count > 1, self.count - 1, torch.nan)
 
     def add(self, layer: int, expert: int, rows: Tensor) -> None:
-        """Take rows [n,W] in."""
-        if not len(rows):
+        """Take rows [n,W] of one expert in."""
+        self.take(layer, rows, None, torch.full((len(rows),), expert, dtype=torch.int32, device=rows.device))
+
+    def take(self, layer: int, x: Tensor, touched: Tensor | None, experts: Tensor | None) -> None:
+        """Take the touched rows (bool [N]; None: all) of x [N,W] in, each into its expert's (int32 [N]; None: 0)."""
+        if x.device != self.mean.device:  # a model on several devices
+            part = Moments.zeros(1, *self.mean.shape[1:], covariance=self.scatter is not None, device=x.device)
+            part.take(0, x, touched, experts)
+            self._join(layer, *(None if t is None else t[0].to(self.mean.device) for t in part._states()))
             return
-        wide = rows.double()
-        mean = wide.mean(0)
-        deviations = wide - mean
-        scatter = None if self.scatter is None else deviations.T @ deviations
-        self._join(layer, expert, float(len(rows)), mean, deviations.square().sum(0), scatter)
+        count, mean, m2, scatter = (None if t is None else t[layer] for t in self._states())
+        assert count is not None and mean is not None and m2 is not None
+        ops.moments_(x, count, mean, m2, scatter, touched=touched, experts=experts)
 
     def merge(self, other: Moments) -> Moments:
         """Of both together; this one is changed and returned.
@@ -102,22 +110,24 @@ class Moments:
         """
         if self.mean.shape != other.mean.shape or (self.scatter is None) != (other.scatter is None):
             raise ValueError(f"moments of {list(self.mean.shape)} cannot take in those of {list(other.mean.shape)}")
-        for layer, expert in (other.count > 0).nonzero().tolist():
-            scatter = None if other.scatter is None else other.scatter[layer, expert]
-            count = float(other.count[layer, expert])
-            self._join(layer, expert, count, other.mean[layer, expert], other.m2[layer, expert], scatter)
+        self._join(slice(None), *(None if t is None else t.to(self.mean.device) for t in other._states()))
         return self
 
-    def _join(self, layer: int, expert: int, count: float, mean: Tensor, m2: Tensor, scatter: Tensor | None) -> None:
-        at = (layer, expert)
-        own = float(self.count[at])
-        total = own + count
-        delta = mean - self.mean[at]
-        self.m2[at] += m2 + delta.square() * (own * count / total)
+    def _states(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.count, self.mean, self.m2, self.scatter
+
+    def _join(
+        self, layer: int | slice, count: Tensor | None, mean: Tensor | None, m2: Tensor | None, scatter: Tensor | None
+    ) -> None:
+        """Other moments of a layer, or of all (Chan, Golub and LeVeque 1979)."""
+        assert count is not None and mean is not None and m2 is not None
+        own, total = self.count[layer], (self.count[layer] + count).clamp(min=1)
+        delta, weight = mean - self.mean[layer], own * count / total
+        self.m2[layer] += m2 + delta.square() * weight[..., None]
         if self.scatter is not None and scatter is not None:
-            self.scatter[at] += scatter + torch.outer(delta, delta) * (own * count / total)
-        self.mean[at] += delta * (count / total)
-        self.count[at] = total
+            self.scatter[layer] += scatter + delta[..., :, None] * delta[..., None, :] * weight[..., None, None]
+        self.mean[layer] += delta * (count / total)[..., None]
+        self.count[layer] += count
 
     def __repr__(self) -> str:
         layers, experts, width = self.mean.shape

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,26 +22,22 @@ if TYPE_CHECKING:
 _ACTIVE: ContextVar[tuple[Session, ...]] = ContextVar("micro_interventions", default=())
 
 
-class Session:
-    """The actions of one ``model.intervene`` block and what they brought back: ``session[name]``.
+S = TypeVar("S", bound="Session")
 
-    An action without a name has that of its point, or its number where two share one.
+
+class Findings:
+    """What actions brought back: ``findings[name]``.
+
+    Without a name an action has that of its point, or, where it is taken, the point and the action's number: "units_1".
     """
 
-    def __init__(self, model: MiCRoModel, actions: tuple[Action, ...], *, all_experts: bool) -> None:
+    def __init__(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if not isinstance(action, Action):
                 raise TypeError(f"intervene: expected actions (micro.interventions.read, zero, ...), got {action!r}")
-        self.model, self.all_experts = model, all_experts
-        self.actions = [bind(action, model.config, model.device) for action in actions]
-        self._readings: dict[int, list[Reading]] = {}
-        self._moments: dict[int, Moments] = {}
         self._names = _names(actions)
-        for i, action in enumerate(actions):
-            if action.kind == "read":
-                self._readings[i] = []
-            elif action.kind == "moments":
-                self._moments[i] = self._empty(action)
+        self._readings: dict[int, list[Reading]] = {i: [] for i, a in enumerate(actions) if a.kind == "read"}
+        self._moments: dict[int, Moments] = {}
 
     def __getitem__(self, name: str | int) -> Reading | Moments:
         index = name if isinstance(name, int) else self._names.get(name, -1)
@@ -52,7 +48,7 @@ class Session:
         raise KeyError(f"no action named {name!r} reads anything; there are {sorted(self._names)}")
 
     def reading(self, name: str | int) -> Reading:
-        """As ``session[name]``, of a ``read``."""
+        """As ``findings[name]``, of a ``read``."""
         found = self[name]
         if not isinstance(found, Reading):
             raise TypeError(f"{name!r} names moments, not a reading")
@@ -67,19 +63,40 @@ class Session:
         return self._readings[self._names[name]]
 
     def moments(self, name: str | int) -> Moments:
-        """As ``session[name]``, of ``moments``."""
+        """As ``findings[name]``, of ``moments``."""
         found = self[name]
         if not isinstance(found, Moments):
             raise TypeError(f"{name!r} names a reading, not moments")
         return found
+
+    def keep(self, number: int, found: Reading | Moments) -> None:
+        """Take in what an action saw."""
+        if isinstance(found, Reading):
+            self._readings[number].append(found)
+        else:
+            self._moments[number] = found
+
+
+class Session(Findings):
+    """The actions of one ``model.intervene`` block, and what they brought back."""
+
+    def __init__(self, model: MiCRoModel, actions: Sequence[Action], *, all_experts: bool) -> None:
+        super().__init__(actions)
+        self.model, self.all_experts = model, all_experts
+        self.actions = [bind(action, model.config, model.device) for action in actions]
+        for i, action in enumerate(actions):
+            if action.kind == "moments":
+                self.keep(i, self._empty(action))
 
     def layer(self, index: int, call: Call) -> LayerHooks | None:
         """What to do in a layer; None: nothing."""
         own = [(i, bound) for i, bound in enumerate(self.actions) if index in bound.layers]
         return LayerHooks(self, index, call, own) if own or self.all_experts else None
 
-    def keep(self, number: int, reading: Reading) -> None:
-        self._readings[number].append(reading)
+    def drop_readings(self, number: int) -> list[Reading]:
+        """What a ``read`` saw until now; it starts anew."""
+        seen, self._readings[number] = self._readings[number], []
+        return seen
 
     def count(self, number: int) -> Moments:
         return self._moments[number]
@@ -90,13 +107,18 @@ class Session:
         return Moments.zeros(*shape, covariance=action.covariance, device=self.model.device)
 
 
-def _names(actions: tuple[Action, ...]) -> dict[str, int]:
+def _names(actions: Sequence[Action]) -> dict[str, int]:
+    """Of the actions that bring something back; given names come first."""
     names: dict[str, int] = {}
-    for i, action in enumerate(actions):
-        name = action.name or (action.point if action.point not in names else f"{action.point}_{i}")
-        if name in names:
-            raise ValueError(f"intervene: two actions are named {name!r}")
-        names[name] = i
+    readers = [(i, action) for i, action in enumerate(actions) if action.kind in ("read", "moments")]
+    for i, action in readers:
+        if action.name is not None:
+            if action.name in names:
+                raise ValueError(f"intervene: two actions are named {action.name!r}")
+            names[action.name] = i
+    for i, action in readers:
+        if action.name is None:
+            names[action.point if action.point not in names else f"{action.point}_{i}"] = i
     return names
 
 
@@ -113,7 +135,13 @@ def intervene(model: MiCRoModel, *actions: Action, all_experts: bool = False) ->
     Returns:
         The :class:`Session` with what was read.
     """
-    session = Session(model, actions, all_experts=all_experts)
+    with opened(Session(model, actions, all_experts=all_experts)) as session:
+        yield session
+
+
+@contextmanager
+def opened(session: S) -> Iterator[S]:
+    """A block in which a session's actions are in force; closed whatever happens."""
     token = _ACTIVE.set((*_ACTIVE.get(), session))
     try:
         yield session

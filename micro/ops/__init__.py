@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from micro.ops.blocks import block_forward, block_train
 from micro.ops.head import cross_entropy, sample
+from micro.ops.interventions import intervene, moments_
 from micro.ops.layers import (
     expert_attention,
     expert_linear,
@@ -33,8 +34,10 @@ __all__ = [
     "expert_attention",
     "expert_linear",
     "gradient_norm",
+    "intervene",
     "label_loss",
     "load_balancing_loss",
+    "moments_",
     "permute",
     "plan",
     "rms_norm",

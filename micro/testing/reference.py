@@ -521,3 +521,49 @@ def adamw_step(
         value.addcdiv_(m / (1 - beta1**step), denominator, value=-learning_rate)
         if masters:
             p.copy_(value)
+
+
+def intervene(
+    x: Tensor,
+    change: str,
+    *,
+    touched: Tensor | None = None,
+    experts: Tensor | None = None,
+    columns: Tensor | None = None,
+    value: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """As :func:`micro.ops.intervene`."""
+    rows, width = x.shape
+    rows_touched = x.new_ones(rows, dtype=torch.bool) if touched is None else touched
+    expert = torch.zeros(rows, dtype=torch.long, device=x.device) if experts is None else experts.long()
+    expert = torch.where(rows_touched, expert, 0)
+    changed = rows_touched[:, None].expand(rows, width)
+    if columns is not None:
+        changed = changed & columns[expert]
+    if value is None:
+        return torch.where(changed, 0, x)
+    if index is not None:
+        mine = value[torch.where(rows_touched, index, 0)]
+    else:
+        mine = value.expand(rows, -1) if len(value) == 1 else value[expert]
+    new = {"scale": x * mine, "shift": x + mine, "replace": mine.expand(rows, width)}[change]
+    return torch.where(changed, new, x)
+
+
+def moments(
+    x: Tensor, num_experts: int, *, touched: Tensor | None = None, experts: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of all rows at once, in float64, what :func:`micro.ops.moments_` reaches by streaming: count [E'], mean [E',W],
+    m2 [E',W], scatter [E',W,W].
+    """
+    wide, width = x.double(), x.shape[1]
+    count, mean = wide.new_zeros(num_experts), wide.new_zeros(num_experts, width)
+    scatter = wide.new_zeros(num_experts, width, width)
+    for e in range(num_experts):
+        mine = torch.ones(len(x), dtype=torch.bool, device=x.device) if experts is None else experts == e
+        own = wide[mine if touched is None else mine & touched]
+        if len(own):
+            count[e], mean[e] = len(own), own.mean(0)
+            scatter[e] = (own - mean[e]).T @ (own - mean[e])
+    return count, mean, scatter.diagonal(dim1=1, dim2=2).clone(), scatter

@@ -121,6 +121,24 @@ def _permute(g: torch.Generator) -> Inputs:
     return {"x": rough(g, TOKENS, HIDDEN), "tokens": plan.tokens, "offsets": plan.offsets, "inverse": plan.inverse}
 
 
+def _intervene(g: torch.Generator, change: str, value: tuple[int, ...] | None, *, by_index: bool = False) -> Inputs:
+    """A fifth of the rows untouched, and of no expert."""
+    plan, _ = planned(g)
+    touched = torch.rand(TOKENS * K, generator=g) > 0.2
+    inputs = {
+        "x": rough(g, TOKENS * K, HIDDEN),
+        "change": change,
+        "touched": touched,
+        "experts": torch.where(touched, plan.experts, -1),
+        "columns": torch.rand(EXPERTS, HIDDEN, generator=g) > 0.3,
+    }
+    if value is not None:
+        inputs["value"] = rough(g, *value)
+    if by_index:
+        inputs["index"] = torch.randint(0, inputs["value"].shape[0], (TOKENS * K,), generator=g)
+    return inputs
+
+
 def _attention(g: torch.Generator) -> Inputs:
     plan, _ = planned(g, 2 * SLOTS)
     keys = (2, EXPERTS, GROUPS, SLOTS, HEAD)
@@ -211,6 +229,13 @@ CALLS = [
     OpCall("plan", lambda g: {"ids": choices(g), "num_experts": EXPERTS, "mask": _mask(g, TOKENS)}),
     OpCall("permute", _permute, ("x",)),
     OpCall("combine", _combine, ("y", "weights")),
+    OpCall("intervene", lambda g: _intervene(g, "zero", None), ("x",), variant="zero"),
+    OpCall("intervene", lambda g: _intervene(g, "scale", (EXPERTS, HIDDEN)), ("x", "value"), variant="scale"),
+    OpCall("intervene", lambda g: _intervene(g, "shift", (EXPERTS, 1)), ("x", "value"), variant="shift"),
+    OpCall("intervene", lambda g: _intervene(g, "replace", (1, HIDDEN)), ("x", "value"), variant="replace"),
+    OpCall(
+        "intervene", lambda g: _intervene(g, "replace", (70, HIDDEN), by_index=True), ("x", "value"), variant="source"
+    ),
     OpCall("load_balancing_loss", _balance, ("probs",), wide_only=True),
     OpCall("z_loss", lambda g: {"logits": rough(g, LAYERS, TOKENS, EXPERTS), "mask": _mask(g, TOKENS)}, ("logits",)),
     OpCall(

@@ -1,0 +1,90 @@
+"""Actions as the engine takes them (``micro/interventions.h``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from micro._native import core
+from micro.interventions.actions import Action, bind
+from micro.interventions.readings import Moments, Reading
+from micro.interventions.session import Findings
+
+if TYPE_CHECKING:
+    from micro._C import Engine as NativeEngine
+    from micro._C import Interventions as NativeTable
+    from micro.modeling import MiCRoConfig
+
+_NOBODY = -1  # a row that no call has
+
+
+class EngineActions:
+    """A table of actions for calls of one engine; :meth:`findings` tells what they brought back.
+
+    Raises:
+        ValueError: an action that the model or the engine cannot do. The engine works as routed (``all_experts`` is
+            the model's), keeps no graph, and takes slices of slots that begin and end at numbers of at least 0.
+    """
+
+    def __init__(self, native: NativeEngine, config: MiCRoConfig, actions: Sequence[Action]) -> None:
+        self._findings = Findings(actions)
+        self._actions = list(actions)
+        self.table: NativeTable = core.Interventions(native, [_fields(action, config) for action in actions])
+
+    def findings(self) -> Findings:
+        """Readings (without rows if none was met: an error when asked for) and moments."""
+        for i, action in enumerate(self._actions):
+            if action.kind == "read":
+                parts = self.table.reading(i)
+                if len(parts[0]):
+                    self._findings.keep(i, Reading(*parts, chosen=torch.ones(len(parts[0]), dtype=torch.bool)))
+            elif action.kind == "moments":
+                self._findings.keep(i, Moments(*self.table.moments(i)))
+        return self._findings
+
+
+def _fields(action: Action, config: MiCRoConfig) -> dict[str, Any]:
+    if action.keep_graph:
+        raise ValueError("keep_graph: the engine keeps no graph; read in model.intervene")
+    bound = bind(action, config, torch.device("cpu"))
+    slots, between = _slots(action)
+    rows = action.rows
+    return {
+        "kind": action.kind,
+        "point": action.point,
+        "layers": sorted(bound.layers),
+        "columns": bound.columns,
+        "rows": [] if rows is None else list(rows) or [_NOBODY],
+        "range": between,
+        "slots": slots,
+        "value": None if bound.value is None else bound.value.detach(),
+        "source": None if action.source is None else _on_cpu(action.source),
+        "seed": action.seed % 2**64,
+        "covariance": action.covariance,
+    }
+
+
+def _slots(action: Action) -> tuple[Tensor | None, tuple[int, int, int] | None]:
+    """A mask bool [B|1,S], or (first, last, step); both None: everywhere."""
+    positions = action.positions
+    if positions is None:
+        return None, None
+    if isinstance(positions, slice):
+        first, last, step = positions.start or 0, positions.stop, positions.step or 1
+        if first < 0 or step < 1 or (last is not None and last < 0):
+            raise ValueError(f"positions: {positions} counts from the end; rows of the engine end where they end")
+        return None, (first, 2**62 if last is None else last, step)
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        return positions.cpu(), None
+    numbers = torch.as_tensor(positions).cpu().long()
+    mask = torch.zeros(1, int(numbers.max()) + 1 if len(numbers) else 1, dtype=torch.bool)
+    mask[0, numbers] = True
+    return mask, None
+
+
+def _on_cpu(source: Reading) -> Reading:
+    return Reading(**{part.name: getattr(source, part.name).detach().cpu() for part in fields(source)})
