@@ -11,6 +11,7 @@ from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.agreement_report import AgreementReport, agreement
 from micro.analysis.alignment import AlignmentResult, ReadingTimesResult, align, reading_times
 from micro.analysis.attribution import AttributionReport, attribution, router_split
+from micro.analysis.capture import Capture, capture
 from micro.analysis.cell_shapley_report import CellShapleyReport, cell_shapley
 from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
 from micro.analysis.compensation import CompensationReport, routing_compensation
@@ -37,6 +38,7 @@ __all__ = [
     "AgreementReport",
     "AlignmentResult",
     "AttributionReport",
+    "Capture",
     "CellReport",
     "CellShapleyReport",
     "CompensationReport",
@@ -60,6 +62,7 @@ __all__ = [
     "align",
     "attribution",
     "bias_curves",
+    "capture",
     "cell_effects",
     "cell_map",
     "cell_shapley",
