@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from micro.analysis.similarity_report import SimilarityReport
 
 CHANCE = "#c5221f"
+MOST_GROUPS = 12  # bars that fit into a figure; the table holds all
 NUMBERS_UP_TO = 8  # rows of a heat map that still has room for numbers
 
 
@@ -29,6 +30,9 @@ def floats(values: Any) -> Any:
 
 def _line(ax: Axes, values: Any, interval: Any, **style: Any) -> None:
     """A curve over layers in its interval."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     x, y, bounds = np.arange(len(values)), floats(values), floats(interval)
     ax.fill_between(x, bounds[:, 0], bounds[:, 1], color=style["color"], alpha=0.18, linewidth=0)
     ax.plot(x, y, linewidth=1.6, marker="o", markersize=3, **style)
@@ -40,7 +44,7 @@ def _legend(ax: Axes, columns: int = 4) -> None:
 
 def layers_figure(report: RoutingReport) -> Figure:
     """Usage per layer with intervals; entropies and mutual information; load variation."""
-    figure, (usage, information, load) = new_figure(14.4, 3.8, 3)
+    figure, (usage, information, load) = new_figure(14.4, 4.2, 3)
     values, bounds = floats(report.usage_by_layer), floats(report.usage_by_layer_interval)
     colours = expert_colours(report.experts)
     for e in display_order(report.experts):
@@ -48,7 +52,7 @@ def layers_figure(report: RoutingReport) -> Figure:
     usage.axhline(1 / len(report.experts), color=CHANCE, linewidth=1, label="chance")
     _shade_excluded(usage, report)
     usage.set(xlabel="layer", ylabel="share of slots", ylim=(0, 1), title="Usage (grey: not in the summary)")
-    _legend(usage, 5)
+    _legend(usage, 3)
     for name, line, colour in (
         ("usage entropy", "usage_entropy", "#202124"),
         ("decision entropy", "decision_entropy", "#1a73e8"),
@@ -58,15 +62,16 @@ def layers_figure(report: RoutingReport) -> Figure:
     information.axhline(np.log(len(report.experts)), color=GREY, linewidth=1, linestyle="--", label="log E")
     information.set(xlabel="layer", ylabel="nats", title="Entropy and information")
     information.set_ylim(bottom=0)
-    _legend(information)
+    _legend(information, 2)
     _line(load, report.load_variation, report.load_variation_interval, color="#202124")
     limit = np.sqrt(len(report.experts) - 1)
-    load.axhline(limit, color=GREY, linewidth=1, linestyle="--", label="everything on one expert (K = 1)")
+    load.axhline(limit, color=GREY, linewidth=1, linestyle="--", label="all on one expert (K = 1)")
     dead = sorted({layer for layer, _ in report.dead_cells})
-    load.plot(dead, [0.0] * len(dead), "x", color=CHANCE, label="layer with a dead expert", clip_on=False)
+    if dead:
+        load.plot(dead, [0.0] * len(dead), "x", color=CHANCE, label="layer with a dead expert", clip_on=False)
     load.set(xlabel="layer", ylabel="coefficient of variation", title="Load over experts")
     load.set_ylim(0, 1.08 * limit if limit else 1)
-    _legend(load, 2)
+    _legend(load, 1)
     return figure
 
 
@@ -78,11 +83,14 @@ def _shade_excluded(ax: Axes, report: RoutingReport) -> None:
 
 def groups_figure(report: RoutingReport) -> Figure:
     """Grouped bars of usage for each group and each label, with intervals and the chance line."""
-    panels = [(t, g) for t, g in (("Usage by group", report.by_group), ("Usage by label", report.by_label)) if g]
+    largest = sorted(report.by_group, key=lambda g: -g["samples"])[:MOST_GROUPS]
+    groups = [g for g in report.by_group if g in largest]
+    title = "Usage by group" if len(groups) == len(report.by_group) else f"Usage, the {MOST_GROUPS} largest groups"
+    panels = [(t, g) for t, g in ((title, groups), ("Usage by label", report.by_label)) if g]
     if not panels:
         raise ValueError("groups_figure: the report has neither groups nor labels")
-    figure, axes = new_figure(sum(1.4 + 1.2 * len(g) for _, g in panels), 3.8, len(panels), sharey=True,
-                              width_ratios=[len(g) + 0.6 for _, g in panels])  # fmt: skip
+    widths = [1.2 + 1.2 * max(len(g), 2) for _, g in panels]
+    figure, axes = new_figure(sum(widths) + 1.4, 3.8, len(panels), sharey=True, width_ratios=widths)
     for ax, (title, groups) in zip(axes, panels, strict=True):
         _bars(ax, groups, report.experts)
         ax.set(title=title)
@@ -102,7 +110,13 @@ def _bars(ax: Axes, groups: list[dict[str, Any]], experts: list[str]) -> None:
         ax.bar(x, y, width=0.92 * width, color=colours[e], label=experts[e])
         ax.errorbar(x, y, yerr=error, fmt="none", ecolor="#202124", elinewidth=0.9, capsize=2)
     ax.axhline(1 / len(experts), color=CHANCE, linewidth=1, label="chance")
-    ax.set_xticks(range(len(groups)), [f"{g['name']}\nn = {g['samples']}" for g in groups], fontsize=8)
+    ax.set_xticks(range(len(groups)), [f"{_short(g['name'])}\nn = {g['samples']}" for g in groups], fontsize=8)
+
+
+def _short(name: str, most: int = 16) -> str:
+    """A name that fits under its bars."""
+    line = " ".join(name.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def flow_figure(report: RoutingReport) -> Figure:
@@ -123,9 +137,16 @@ def flow_figure(report: RoutingReport) -> Figure:
 
 
 def heat_map(
-    ax: Axes, values: Any, rows: list[str], columns: list[str], *, limit: float = 1.0, signed: bool = False
+    ax: Axes,
+    values: Any,
+    rows: list[str],
+    columns: list[str],
+    *,
+    limit: float = 1.0,
+    signed: bool = False,
+    starred: Any = None,
 ) -> None:
-    """Numbers as colours on one scale, written out where there is room."""
+    """Numbers as colours on one scale, written out where there is room. starred: bool, which get a star."""
     values = floats(values)
     colours = "RdBu_r" if signed else "Greys"
     ax.imshow(values, cmap=colours, vmin=-limit if signed else 0.0, vmax=limit, aspect="auto")
@@ -137,6 +158,7 @@ def heat_map(
     for (r, c), value in np.ndenumerate(values):
         dark = abs(value) > 0.6 * limit
         shown = "" if np.isnan(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
+        shown += "*" if starred is not None and starred[r, c] else ""
         ax.text(c, r, shown, ha="center", va="center", fontsize=9, color="white" if dark else "black")
 
 
@@ -188,11 +210,8 @@ def selectivity_figure(report: SelectivityReport, measure: str = "share") -> Fig
     order = display_order(report.experts)
     r = floats(report.correlation[measure])
     p = floats(report.p_holm[measure])
-    heat_map(matrix, r[order], [report.experts[e] for e in order], report.ratings, signed=True)
-    for row, e in enumerate(order):
-        for k in range(len(report.ratings)):
-            if p[e, k] <= 0.05:
-                matrix.text(k, row - 0.28, "*", ha="center", va="center", fontsize=12, color="black")
+    names = [report.experts[e] for e in order]
+    heat_map(matrix, r[order], names, report.ratings, signed=True, starred=p[order] <= 0.05)
     matrix.set(title=f"Pearson's r, {measure}s")
     if np.isnan(r).all():
         return figure

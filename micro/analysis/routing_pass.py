@@ -211,7 +211,7 @@ class SampleCounts:
 
     tokens [N]: counted slots; usage [N,L,E]: first choices (float32 probability, ties to the lower id); load [N,L,E]:
     choices of all K ranks; mass [N,L,E]: sum of probabilities; entropies [N,L]: sum of -sum p log p, nats;
-    confusion [N,L,label,E]: first choices at labelled answer tokens; transitions [L-1,E,E]: first choice in a layer and
+    confusion [N,L,label,E]: first choices at labelled answer tokens, N = 0 where labels were not compared; transitions [L-1,E,E]: first choice in a layer and
     in the next; together [L,L]: slots with the same first choice in both layers.
     """
 
@@ -225,9 +225,9 @@ class SampleCounts:
     together: Array
 
     @classmethod
-    def zeros(cls, samples: int, layers: int, experts: int) -> SampleCounts:
-        n, l, e = samples, layers, experts
-        shapes = ((n,), (n, l, e), (n, l, e), (n, l, e), (n, l), (n, l, e, e), (max(l - 1, 0), e, e), (l, l))
+    def zeros(cls, samples: int, layers: int, experts: int, *, labelled: bool = False) -> SampleCounts:
+        n, l, e, m = samples, layers, experts, samples if labelled else 0
+        shapes = ((n,), (n, l, e), (n, l, e), (n, l, e), (n, l), (m, l, e, e), (max(l - 1, 0), e, e), (l, l))
         return cls(*(np.zeros(shape) for shape in shapes))
 
     def add(self, indices: Sequence[int], trace: RoutingTrace, counted: Tensor, labels: Tensor | None) -> None:
@@ -243,7 +243,7 @@ class SampleCounts:
         for table, values in ((self.usage, chosen), (self.load, every), (self.mass, probs)):
             table[rows] += torch.einsum("lbse,bs->ble", values, m).numpy()
         self.entropies[rows] += torch.einsum("lbs,bs->bl", h, m).numpy()
-        if labels is not None:
+        if len(self.confusion) and labels is not None:
             expected = torch.nn.functional.one_hot(labels.clamp(min=0), experts).double()
             known = (labels >= 0).double()
             self.confusion[rows] += torch.einsum("lbse,bsk,bs->blke", chosen, expected, known).numpy()

@@ -23,6 +23,7 @@ from micro.analysis.routing_pass import (
     traces,
 )
 from micro.analysis.routing_summary import accuracy_numbers, groups_of, usage_numbers
+from micro.experts import LABELS
 from micro.files import write_text
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ def routing(
         model: a MiCRo model of either kind.
         tokenizer: its tokenizer.
         data: one kind only. Texts count from their first slot, pairs from the last token of their prompt, records
-            (rendered by the chat template) as ``positions`` says.
+            (rendered by the chat template) as ``positions`` says. Labels are compared where the model has four experts.
         groups: a name per item of ``data``, for usage by group; the records' data sets if not given.
         positions: of records. "published": from the last token of the prompt, the template of all turns but the last
             without generation prompt, to the last token but one, so that the answer's header counts as answer.
@@ -272,10 +273,11 @@ def routing(
         options=encode_options,
     )
     config = model.config
-    counts = SampleCounts.zeros(len(samples.data), config.num_hidden_layers, config.num_experts)
+    labelled = samples.labelled and config.num_experts == len(LABELS)
+    counts = SampleCounts.zeros(len(samples.data), config.num_hidden_layers, config.num_experts, labelled=labelled)
     passes = traces(model, samples, tokenizer, controls=controls, max_tokens=max_tokens, progress=progress)
     for indices, batch, trace, counted in passes:
-        counts.add(indices, trace, counted, labels_of(batch) if samples.labelled else None)
+        counts.add(indices, trace, counted, labels_of(batch))
     k = experts_per_token(model, controls)
     settings = {
         "positions": POSITIONS[positions] if samples.labelled else POSITIONS["published"],
@@ -284,6 +286,7 @@ def routing(
         "layers_excluded": [
             l for l in range(config.num_hidden_layers) if l not in counted_layers(config.num_hidden_layers)
         ],
+        "labels_compared": labelled,
         "samples_given": len(data),
         "max_samples": max_samples,
         "sample_seed": sample_seed,
@@ -296,7 +299,7 @@ def routing(
     )
     if names:
         report.by_group = groups_of(counts, [names[i] for i in samples.drawn], k, draws, seed)
-    if samples.labelled:
+    if labelled:
         for name, value in accuracy_numbers(counts, report.experts, draws, seed).items():
             setattr(report, name, value)
     return report

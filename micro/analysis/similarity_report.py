@@ -97,7 +97,7 @@ def similarity(
         sentences: each becomes the only user turn; its own tokens count.
         tokens: "sentence" or "published", see :func:`micro.analysis.routing_pass.sentence_samples`.
         chat: False = plain text without a template.
-        controls: other steering arguments (``keep`` is set here).
+        controls: other steering arguments; which experts run is set here.
         max_tokens: slots per batch; the outputs of all layers of a batch are held at once.
         draws: of the bootstrap over sentences.
         seed: of the bootstrap.
@@ -107,10 +107,12 @@ def similarity(
         A :class:`SimilarityReport`.
 
     Raises:
-        ValueError: no sentences, or an empty one.
+        ValueError: no sentences, an empty one, or controls that choose experts.
 
     Source: MiCRo, embedding similarity of experts.
     """
+    if chosen := {"ablate", "keep", "force"} & set(controls or {}):
+        raise ValueError(f"analysis.similarity: {', '.join(sorted(chosen))} cannot be given; every expert runs alone")
     samples = sentence_samples(sentences, tokenizer, what="analysis.similarity", tokens=tokens, chat=chat)
     experts = list(model.config.expert_names or ())
     work = list(batches(samples.rows, tokenizer, max_tokens=max_tokens))

@@ -30,7 +30,7 @@ def trace_of(ids, probs=None):
 
 def counts_of(ids, *, counted=None, labels=None, probs=None):
     ids = torch.as_tensor(ids)
-    counts = SampleCounts.zeros(ids.shape[1], ids.shape[0], E)
+    counts = SampleCounts.zeros(ids.shape[1], ids.shape[0], E, labelled=labels is not None)
     counted = torch.ones(ids.shape[1:3], dtype=torch.bool) if counted is None else counted
     counts.add(range(ids.shape[1]), trace_of(ids, probs), counted, labels)
     return counts
@@ -252,3 +252,23 @@ def test_two_experts_per_token_are_stated(model, tokenizer):
     assert report.settings["usage"] == "mean probabilities"
     assert np.sum(report.load_share, axis=1) == pytest.approx([1, 1])
     assert max(np.ravel(report.load_share)) <= 0.5  # a token chooses an expert once
+
+
+def test_labels_of_four_experts_are_not_compared_with_two(tokenizer):
+    two = small_model(dtype=torch.float32, vocab_size=len(tokenizer), num_experts=2)
+    report = routing(two, tokenizer, [RECORD], draws=20)
+    assert report.accuracy is None and report.settings["labels_compared"] is False
+    assert sum(report.usage) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_fit_their_pages(model, tokenizer, tmp_path):
+    from micro.analysis.routing_figures import flow_figure, groups_figure, layers_figure
+
+    report = routing(
+        model, tokenizer, [RECORD, RECORD], groups=["a name that is much too long for a bar", "b"], draws=20
+    )
+    for i, figure in enumerate((report.plot(), layers_figure(report), groups_figure(report), flow_figure(report))):
+        figure.savefig(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match="neither groups nor labels"):
+        groups_figure(routing(model, tokenizer, ["The sum of 12 and 7."], draws=20))
