@@ -145,6 +145,9 @@ def compress(
     base: Base = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the full rank that is kept.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The rank itself.")] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Write base and factors; `micro deltas expand` makes the mixture again.")
+    ] = False,
     output: Output = Path("deltas"),
     overwrite: Overwrite = False,
     json: Json = False,
@@ -155,6 +158,8 @@ def compress(
 
     if out is not None:
         check_target(out, overwrite)
+    elif compact:
+        raise ValueError("--compact writes a folder; name it")
     low = md.LowRank(md.ExpertDeltas(folder, base), fraction=fraction, rank=rank)
     report = low.report(progress=True)
     _keep(report, output)
@@ -164,8 +169,27 @@ def compress(
         typer.echo(f"{report}\nweights of base and factors: {report.size:.2f} times one dense model's matrices")
         typer.echo(f"written: {output}/{report.name}.json, .csv, .png, .svg")
     if out is not None:
-        path = low.save(out, overwrite=overwrite, progress=True)
+        if compact:
+            path = md.save_compact(low, out, overwrite=overwrite, progress=True)
+        else:
+            path = low.save(out, overwrite=overwrite, progress=True)
         typer.echo(f"written: {path}", err=json)
+
+
+@app.command()
+def expand(
+    folder: Annotated[Path, typer.Argument(help="Folder written by `micro deltas compress --compact`.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a mixture with full matrices of base and factors."""
+    from micro.convert import save
+    from micro.deltas import load_compact
+    from micro.files import check_target
+
+    check_target(out, overwrite)
+    save(load_compact(folder), out, overwrite=overwrite)
+    typer.echo(f"written: {out}")
 
 
 def _layers(text: str | None) -> list[int] | None:

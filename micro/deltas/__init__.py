@@ -9,6 +9,7 @@ Folders are read and written tensor by tensor.
 """
 
 from micro.deltas.arithmetic import add, analogy, combine, graft, negate
+from micro.deltas.compact import load_compact, save_compact
 from micro.deltas.deltas import ExpertDeltas, Group
 from micro.deltas.interference import LowRank, decorrelated, interference
 from micro.deltas.merged import Merged
@@ -30,6 +31,8 @@ __all__ = [
     "decorrelated",
     "graft",
     "interference",
+    "load_compact",
     "negate",
+    "save_compact",
     "ties",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from micro.deltas.deltas import ExpertDeltas, Group
 from micro.deltas.merged import Merged, add, rewritten, save_rewritten
@@ -287,22 +287,25 @@ class LowRank:
             "spectral_error": [float(x) for x in next_one],
         }
 
+    def receipt(self) -> dict[str, Any]:
+        """What was approximated, and how."""
+        size = f"rank {self.rank}" if self.rank is not None else f"{self.fraction:g} of full rank"
+        return {
+            "how": f"experts are base + delta of low rank ({size})", "mixture": self.deltas.mixture.name,
+            "base": self.deltas.base_name, "fraction": self.fraction, "rank": self.rank, "seed": self.seed,
+        }  # fmt: skip
+
     def model(self) -> MiCRoForCausalLM:
         """A copy of the mixture with the approximated experts, as full matrices."""
         return rewritten(self.deltas, lambda group, e: self.tensors(group)[e])
 
     def save(self, out: str | Path, *, overwrite: bool = False, progress: bool = False) -> Path:
         """As :meth:`model`, written as a folder, tensor by tensor."""
-        size = f"rank {self.rank}" if self.rank is not None else f"{self.fraction:g} of full rank"
-        receipt = {
-            "how": f"experts are base + delta of low rank ({size})", "mixture": self.deltas.mixture.name,
-            "base": self.deltas.base_name, "fraction": self.fraction, "rank": self.rank, "seed": self.seed,
-        }  # fmt: skip
         return save_rewritten(
             self.deltas,
             lambda group, e: self.tensors(group)[e],
             out,
-            receipt,
+            self.receipt(),
             overwrite=overwrite,
             progress=progress,
         )

@@ -45,6 +45,13 @@ def test_deltas_compare_compress_and_merge(files, tmp_path, capsys):
     both = [files / "model", "--base", files / "base"]
     assert run("deltas", "compare", *both, "-o", tmp_path, "--interference", "--rank", 2, "--layers", "0,1") == 0
     assert run("deltas", "compress", *both[:1], tmp_path / "low", *both[1:], "--rank", 2, "-o", tmp_path) == 0
+    assert (
+        run("deltas", "compress", *both[:1], tmp_path / "small", *both[1:], "--rank", 2, "--compact", "-o", tmp_path)
+        == 0
+    )
+    assert run("deltas", "expand", tmp_path / "small", tmp_path / "large") == 0
+    small, large = (micro.load(tmp_path / name).state_dict() for name in ("large", "low"))
+    assert max(float((small[key] - large[key]).abs().max()) for key in large) < 1e-6
     assert written(tmp_path, "deltas", "interference", "compression")
     assert micro.load(tmp_path / "low").config.num_experts == 4
     merges = {

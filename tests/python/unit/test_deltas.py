@@ -4,7 +4,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dense_models import dense
+from dense_models import dense, official_config, write_official
+from dense_models import official_tensors as official_files
 from matplotlib.figure import Figure
 
 import micro
@@ -360,6 +361,42 @@ def test_a_mixture_that_was_just_upcycled_is_a_base_too(base, mixture, deltas):
     assert torch.equal(again.tau(again.groups[3]), deltas.tau(deltas.groups[3]))
     with pytest.raises(ValueError, match="share no base"):
         md.ExpertDeltas(mixture, mixture_of(base, seed=5)[0]).tau(deltas.groups[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_base_and_factors_make_the_mixture_again(tmp_path, dtype):
+    base = dense(dtype=dtype)
+    low = md.LowRank(md.ExpertDeltas(mixture_of(base)[0], base), rank=4)
+    folder = md.save_compact(low, tmp_path / "compact")
+    got, want = md.load_compact(folder).state_dict(), low.model().state_dict()
+    for key in want:
+        if any(word in key for word in ("norm", "embed", "head", "router")):
+            assert torch.equal(got[key], want[key]), key
+        assert float((got[key] - want[key]).abs().max()) <= (1e-6 if dtype == torch.float32 else 0.02), key
+    low.save(tmp_path / "whole")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("compact", "whole")]
+    assert sizes[0] < 0.65 * sizes[1]
+    (folder / "compact.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match="format 2 is not 1"):
+        md.load_compact(folder)
+
+
+@pytest.mark.parametrize(
+    "family, kind, revision", [("llama", "block", "r1"), ("olmo2", "block", "r1"), ("llama", "ffn", "r2")]
+)
+def test_official_folders_are_read(tmp_path, family, kind, revision):
+    tensors = official_files(family, kind)
+    folder = write_official(tmp_path / "official", official_config(family, kind, revision), tensors, shards=2)
+    deltas = md.ExpertDeltas(folder)
+    key = deltas.groups[0].keys[2]
+    assert torch.equal(deltas.stack(deltas.groups[0])[2], tensors[key])
+    out = md.add(deltas, "logic").save_dense(tmp_path / "dense")
+    want = micro.collapse(folder, "expert", expert="logic").state_dict()
+    from transformers import AutoModelForCausalLM
+
+    got = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
+    for name in want:
+        assert torch.allclose(got[name], want[name], atol=1e-6), name
 
 
 def test_shards_hold_all_tensors(tmp_path):
