@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RED = "#c5221f"
 FOUND = 0.05  # q of a marked cell
-PER_LINE = 4  # panels side by side
+PER_LINE, WIDEST = 4, 15.0  # panels side by side; inches
 
 
 def ablation_heat_map(report: AblationReport) -> Figure:
@@ -94,9 +94,8 @@ def shapley_figure(report: ShapleyReport) -> Figure:
     for ax, r in zip(axes, rows, strict=False):
         mean = float(np.mean(report.values[r]))
         for i, e in enumerate(order):
-            low, high = report.interval[r][e]
             ax.bar(i, report.values[r][e] - mean, color=colours[e], width=0.8)
-            ax.plot([i, i], [low - mean, high - mean], color="black", linewidth=1.2)
+            ax.plot([i, i], report.distance_interval[r][e], color="black", linewidth=1.2)
         ax.axhline(0, color=GREY, linewidth=0.8)
         _names_below(ax, [report.experts[e] for e in order])
         ax.set(title=f"{report.rows[r]}  (mean {mean:+.2f})", ylabel=f"value - mean, {report.units[r]}")
@@ -131,7 +130,7 @@ def compensation_figure(report: CompensationReport) -> Figure:
     tasks = list(dict.fromkeys(line["task"] for line in report.lines))
     tasks = [tasks[i] for i in _display(tasks, range(len(tasks)))]
     count = max((sum(line["task"] == task for line in report.lines) for task in tasks), default=1)
-    figure, axes = _panels(len(tasks), max(2.9, 0.55 * count + 1.0), 3.2)
+    figure, axes = _panels(len(tasks), max(2.9, 0.55 * count + 1.0), 3.4 if count <= 6 else 4.6)
     for ax, task in zip(axes, tasks, strict=False):
         some = [line for line in report.lines if line["task"] == task]
         some = [some[i] for i in _display([line["ablated"] for line in some], range(len(some)))]
@@ -150,7 +149,7 @@ def compensation_figure(report: CompensationReport) -> Figure:
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, Any]:
-    columns = min(count, PER_LINE) or 1
+    columns = max(1, min(count, PER_LINE, int(WIDEST / width)))
     lines = -(-max(count, 1) // columns)
     figure, axes = new_figure(width * columns, height * lines, columns, rows=lines)
     for ax in axes[count:]:

@@ -29,8 +29,9 @@ CHUNK = 512  # bootstrap draws whose coalition tables are held at once
 class ShapleyReport(Result):
     """Shapley value of each expert per row, pairwise interactions, and the worth of every coalition.
 
-    Worth is the score, its sign turned where lower is better, in nats or points; an expert with a negative value
-    distracts. ``worth[row][m]``: of the experts that are the bits of m, ``worth[row][0]`` of nobody, by convention.
+    Worth is the score, its sign turned where lower is better, in nats or points. ``worth[row][m]``: of the experts that
+    are the bits of m, ``worth[row][0]`` of nobody, by convention. That convention gives every expert the same share, a
+    large one for losses: compare experts by their distance from the mean.
     """
 
     name: ClassVar[str] = "shapley"
@@ -39,6 +40,7 @@ class ShapleyReport(Result):
     rows: list[str]
     values: list[list[float]]  # [rows][E]
     interval: list[list[list[float]]]  # [rows][E][2]
+    distance_interval: list[list[list[float]]]  # [rows][E][2], of the value less the mean of all experts
     interactions: list[list[list[float]]]  # [rows][E][E]
     interaction_interval: list[list[list[list[float]]]]  # [rows][E][E][2]
     worth: list[list[float]]  # [rows][2**E]
@@ -55,7 +57,9 @@ class ShapleyReport(Result):
         return cls(**content)
 
     def table(self) -> pd.DataFrame:
-        """One line per row and expert: value, low, high, and what removing it alone costs (``alone``)."""
+        """One line per row and expert: value; its distance from the mean of the experts, which no convention moves;
+        what removing it alone costs (``alone``). Intervals: low, high; distance_low, distance_high.
+        """
         import pandas as pd
 
         everybody = len(self.worth[0]) - 1 if self.worth else 0
@@ -63,6 +67,8 @@ class ShapleyReport(Result):
             {
                 "task": row, "expert": expert, "unit": self.units[r], "value": self.values[r][e],
                 "low": self.interval[r][e][0], "high": self.interval[r][e][1],
+                "distance": self.values[r][e] - sum(self.values[r]) / len(self.experts),
+                "distance_low": self.distance_interval[r][e][0], "distance_high": self.distance_interval[r][e][1],
                 "alone": self.worth[r][everybody] - self.worth[r][everybody & ~(1 << e)],
             }
             for r, row in enumerate(self.rows)
@@ -116,8 +122,8 @@ def expert_shapley(
 
     Returns:
         A :class:`ShapleyReport`. The worth of no expert is the suite's chance: ln V for losses, so -ln V. It moves all
-        values by the same amount (its E-th part) and no interaction but those of all pairs alike; differences between
-        experts do not depend on it.
+        values by the same amount (its E-th part), and all interactions; differences between experts do not depend on
+        it.
 
     Raises:
         ValueError: more than 16 experts, or a suite without ``chance``.
@@ -132,7 +138,7 @@ def expert_shapley(
     conditions = [_keeping(experts, mask) for mask in range(everybody, 0, -1)]  # the intact model first
     every = score(model, several, conditions, controls=controls, store=store, what="shapley", progress=progress)
     report = ShapleyReport(
-        experts, [], [], [], [], [], [], [], sum(suite.records for suite in several), [],
+        experts, [], [], [], [], [], [], [], [], sum(suite.records for suite in several), [],
         {
             "interval": "95 % bootstrap over records", "bootstrap_draws": draws, "seed": seed, "worth_of_nobody": {},
             "sets": everybody, "controls": {name: str(value) for name, value in (controls or {}).items()},
@@ -161,13 +167,16 @@ def _add_rows(report: ShapleyReport, scores: Scores, names: Sequence[str], draws
     exact = _tables(scores.means[None] * scale, nobody)[:, 0]
     drawn = drawn_means(scores, draws=draws, seed=seed) * scale
     parts = [_tables(drawn[i : i + CHUNK], nobody) for i in range(0, len(drawn), CHUNK)]
-    low, high = interval(np.concatenate([np.moveaxis(shapley_values(part), 1, 0) for part in parts]))
+    phi = np.concatenate([np.moveaxis(shapley_values(part), 1, 0) for part in parts])  # [draws, E, K]
+    low, high = interval(phi)
+    near, far = interval(phi - phi.mean(1, keepdims=True))
     pair_low, pair_high = interval(np.concatenate([np.moveaxis(interactions(part), 2, 0) for part in parts]))
     values, pairs = shapley_values(exact), interactions(exact)
     for row in scores.shown():
         report.rows.append(names[row])
         report.values.append(values[:, row].tolist())
         report.interval.append(np.stack([low[:, row], high[:, row]], -1).tolist())
+        report.distance_interval.append(np.stack([near[:, row], far[:, row]], -1).tolist())
         report.interactions.append(pairs[..., row].tolist())
         report.interaction_interval.append(np.stack([pair_low[..., row], pair_high[..., row]], -1).tolist())
         report.worth.append(exact[:, row].tolist())

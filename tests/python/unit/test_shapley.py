@@ -165,6 +165,16 @@ def test_intervals_cover_the_uncertainty_of_records():
     assert (widths[2] > 2.5 * widths[others]).all()
     low, high = report.interval[0][2]
     assert low < report.values[0][2] < high
+    far = report.table().iloc[2]
+    assert far["distance_low"] < far["distance"] < far["distance_high"]
+    assert list(report.table()["distance"]) == pytest.approx(np.array([-1, -1, 3, -1]) * effect.mean() / 4)
+
+
+def test_what_all_experts_share_does_not_blur_their_distances():
+    base = np.random.default_rng(0).normal(3, 2, size=30)  # records differ much, in all conditions alike
+    report = values_of(lambda gone, record: base[record] + gone[0] @ [1.0, 0, 0, 0], records=30)
+    assert np.diff(report.interval[0]).min() > 0.2
+    assert np.diff(report.distance_interval[0]).max() < 1e-9
 
 
 def test_scores_of_all_sets_are_those_of_the_ablation():
