@@ -211,8 +211,9 @@ class SampleCounts:
 
     tokens [N]: counted slots; usage [N,L,E]: first choices (float32 probability, ties to the lower id); load [N,L,E]:
     choices of all K ranks; mass [N,L,E]: sum of probabilities; entropies [N,L]: sum of -sum p log p, nats;
-    confusion [N,L,label,E]: first choices at labelled answer tokens, N = 0 where labels were not compared; transitions [L-1,E,E]: first choice in a layer and
-    in the next; together [L,L]: slots with the same first choice in both layers.
+    confusion [N,L,label,E]: first choices at labelled answer tokens (N is 0 where labels were not compared);
+    transitions [L-1,E,E]: first choice in a layer and in the next; together [L,L]: slots with the same first choice in
+    both layers.
     """
 
     tokens: Array
