@@ -241,26 +241,67 @@ def test_free_and_replayed_ablations_of_a_model_and_what_routing_makes_up_for(mo
     handle.remove()
 
 
-def test_routing_compensates_where_it_is_planted(tokenizer, records):
-    """Layer 1 chooses the harmless expert only where layer 0's output asks for it: replayed routes cannot."""
+class Message:
+    """Loss of token 5 behind any text: small where the message, dimension 1 of the residual stream, is there."""
+
+    names, records = ["message"], 4
+
+    def score(self, model, controls):
+        with torch.no_grad():
+            logits = model(random_ids(4, 6), use_cache=False, **controls).logits[:, -1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.full((4,), 5), reduction="none")
+        return losses.double().numpy()[:, None], np.ones((4, 1))
+
+
+def model_with_a_backup():
+    """Logic of layer 0 writes the message. Layer 1 goes to social (which does nothing) where it finds the message, else
+    to world, which writes it. Language does nothing anywhere and is second in layer 0.
+    """
+    model = small_model(hidden_size=32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.lm_head.weight[5, 1] = 4
+        for layer, writer, router in zip(
+            model.model.layers, (0, 2), ({0: (0, 2), 3: (0, 1)}, {1: (1, 1), 2: (0, 0.5)}), strict=True
+        ):
+            layer.router.in_proj.weight.copy_(torch.eye(32))
+            for expert, (dimension, weight) in router.items():
+                layer.router.out_proj.weight[expert, dimension] = weight
+            layer.blocks.gate_proj.weight[writer, 0, 0] = layer.blocks.up_proj.weight[writer, 0, 0] = 1
+            layer.blocks.down_proj.weight[writer, 1, 0] = 0.1
+    return model
+
+
+def test_a_planted_backup_is_what_routing_compensates():
+    model = model_with_a_backup()
+    routing = model(random_ids(1, 3), output_routing=True).routing
+    assert routing.ids[0].eq(0).all() and routing.ids[1].eq(1).all()
+    report = analysis.routing_compensation(model, Message(), draws=50)
+    lines = {line["ablated"]: line for line in report.lines}
+    uniform = np.log(61)
+    assert lines["logic"]["free"] == pytest.approx(0, abs=0.01)  # ablation alone says that logic does nothing
+    assert lines["logic"]["replayed"] == pytest.approx(uniform, abs=0.01)
+    assert lines["logic"]["compensation"] == pytest.approx(uniform, abs=0.01) and lines["logic"]["p"] < 0.05
+    for name in ("social", "world", "language"):
+        assert lines[name]["compensation"] == 0 and lines[name]["p"] == 1
+    both = analysis.routing_compensation(model, Message(), [["logic", "world"]], draws=50).lines[0]
+    assert both["free"] == pytest.approx(uniform, abs=0.01) and both["compensation"] == pytest.approx(0, abs=1e-6)
+
+
+def test_routers_that_see_nothing_cannot_compensate(tokenizer, records):
     model = small_model(dtype=torch.float32, vocab_size=len(tokenizer), num_hidden_layers=3)
     suite = analysis.LossSuite(records, tokenizer)
-    one_layer = {0: ["language"]}
-    with record_routes(model) as routes:
-        suite.score(model, {})
-    with replayed_routes(model, routes):
-        replayed = suite.score(model, {"ablate": one_layer})[0]
-    free = suite.score(model, {"ablate": one_layer})[0]
-    assert not np.array_equal(free, replayed)
-    # Routers of later layers that see nothing (logits all 0) cannot compensate: both ways are the same, bit for bit.
     with torch.no_grad():
         for layer in model.model.layers[1:]:
             layer.router.out_proj.weight.zero_()
     with record_routes(model) as routes:
         suite.score(model, {})
+    first_layer = {"ablate": {0: ["language"]}}
     with replayed_routes(model, routes):
-        replayed = suite.score(model, {"ablate": one_layer})[0]
-    assert np.array_equal(suite.score(model, {"ablate": one_layer})[0], replayed)
+        replayed = suite.score(model, first_layer)[0]
+    assert np.array_equal(suite.score(model, first_layer)[0], replayed)
 
 
 def test_cells_and_shapley_values_of_a_model(model, suite):
