@@ -124,6 +124,13 @@ class _Splitter:
         random = torch.randn(shape, generator=generator, dtype=torch.float64).to(norms.device)
         self.random = random / random.norm(dim=-1, keepdim=True) * norms  # [D,L,E,H]
 
+    @property
+    def exactness(self) -> str:
+        """How the parts are to be read."""
+        if self.block:
+            return "exact"
+        return "norm behind the experts frozen per token" if self.olmo else "norm before the router frozen per token"
+
     @torch.no_grad()
     def run(
         self,
@@ -369,7 +376,7 @@ def attribution(
             break
     split = RouterSplit.cat(parts)
     settings = {
-        "kind": "exact" if splitter.block or splitter.olmo else "norm before the router frozen per token",
+        "kind": splitter.exactness,
         "positions": positions, "random_readers": random_readers, "shifts": shifts, "seed": seed,
         "token_limit": token_limit, "p": "two-sided, circular shifts of the choices within rows",
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """A mixture on disk as its base and one low-rank delta per expert: about 1.4 times a dense model instead of 4 times.
 
 Layout: ``model.safetensors`` (or shards) holds every tensor outside the experts under its official name and, for each
-stack of clones, ``experts/<dense name>.base``, and ``.left`` [E,a,k] and ``.right`` [E,b,k], whose product is the delta.
+stack of clones, ``experts/<dense name>.base``, ``.left`` [E,a,k] and ``.right`` [E,b,k], whose product is the delta.
 Stacks without a delta of low rank (gains, or k (a + b) >= a b) stand whole in ``experts/<dense name>.stack`` [E, ...].
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from micro.convert.folders import read_json, write_json
-from micro.deltas.interference import LowRank, factors
+from micro.deltas.interference import LowRank, factors_of
 from micro.deltas.merged import Entry, add, write_rest, write_tensors
 from micro.deltas.sources import FileTensors
 from micro.files import check_target, replace_folder
@@ -85,7 +85,7 @@ class _Pair:
         self._right: Tensor | None = None
 
     def left(self) -> Tensor:
-        found = factors(self.low.deltas.tau(self.group), self.low.rank_of(self.group), seed=self.low.seed)
+        found = factors_of(self.low.deltas, self.group, self.low.rank_of(self.group), seed=self.low.seed)
         root = found.s[:, None].sqrt()
         self._right = found.v * root
         return found.u * root

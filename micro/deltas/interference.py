@@ -37,12 +37,22 @@ class Factors(NamedTuple):
         return (self.u * self.s[:, None]) @ self.v.mT
 
 
+def factors_of(
+    deltas: ExpertDeltas, group: Group, rank: int, *, experts: list[int] | None = None, seed: int = 0
+) -> Factors:
+    """:func:`factors` of the deltas of a matrix, of all experts or of some."""
+    import torch
+
+    tau = deltas.tau(group) if experts is None else deltas.tau(group)[experts]
+    return factors(tau if deltas.dtype == torch.float64 else tau.float(), rank, seed=seed)
+
+
 def factors(tau: Tensor, rank: int, *, seed: int = 0) -> Factors:
     """The ``rank`` largest singular values and vectors of each of tau [n,a,b].
 
     Exact decomposition where the smaller side is below 1024 or the rank above a quarter of it; else the randomised
-    method of Halko et al. (2011) with 16 extra vectors and 4 power iterations, from ``seed``. Float32 for 16-bit
-    models and float64 for others.
+    method of Halko et al. (2011) with 16 extra vectors and 4 power iterations, from ``seed``. In float64 where the
+    mixture is, else in float32.
     """
     import torch
 
@@ -128,7 +138,7 @@ def interference(
     )  # fmt: skip
     for group in track(groups, "interference", unit="matrices", enabled=progress):
         k = rank or max(1, min(group.shape) // len(chosen))
-        found = factors(deltas.tau(group)[chosen], k, seed=seed)
+        found = factors_of(deltas, group, k, experts=chosen, seed=seed)
         total = float(found.s.double().sum())
         scale = total if total > 0 else 1.0
         value = interference_of(found.u, found.s, found.v)
@@ -157,7 +167,7 @@ def _random_frames(like: Tensor, generator: torch.Generator) -> Tensor:
     import torch
 
     q: Tensor = torch.linalg.qr(torch.randn(like.shape, generator=generator, dtype=torch.float64))[0]
-    return q
+    return q.to(like.device)
 
 
 def decorrelated(
@@ -189,11 +199,11 @@ def decorrelated(
         raise ValueError(f"rank must lie in 1..{side}, so that {len(chosen)} experts fit beside each other, got {rank}")
 
     def delta(group: Group) -> Tensor:
-        tau = deltas.tau(group)[chosen]
         if not group.is_matrix:
+            tau = deltas.tau(group)[chosen]
             return tau.double().mean(0).to(tau.dtype)
-        found = factors(tau, rank or max(1, min(group.shape) // len(chosen)), seed=seed)
-        left, sigma, right = side_by_side(found.u, found.s, found.v)
+        k = rank or max(1, min(group.shape) // len(chosen))
+        left, sigma, right = side_by_side(*factors_of(deltas, group, k, experts=chosen, seed=seed)[:3])
         return (_orthonormal(left) * sigma) @ _orthonormal(right).mT
 
     names = [deltas.experts[e] for e in chosen]
@@ -248,7 +258,7 @@ class LowRank:
         if not group.is_matrix or self.rank_of(group) == min(group.shape):
             new = self.deltas.stack(group)
         else:
-            found = factors(self.deltas.tau(group), self.rank_of(group), seed=self.seed)
+            found = factors_of(self.deltas, group, self.rank_of(group), seed=self.seed)
             new = add(self.deltas.base(group)[None], found.product(), 1.0)
         self._kept = group, new
         return new
@@ -271,7 +281,7 @@ class LowRank:
 
     def _row(self, group: Group) -> dict[str, object]:
         k, side = self.rank_of(group), min(group.shape)
-        found = factors(self.deltas.tau(group), min(k + 1, side), seed=self.seed)
+        found = factors_of(self.deltas, group, min(k + 1, side), seed=self.seed)
         kept = found.s[:, :k].double().square().sum(1)
         lost = (found.squares - kept).clamp(min=0)
         next_one = found.s[:, k].double() if k < side else found.s.new_zeros(len(found.s)).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -156,8 +157,6 @@ Replace = Callable[[Group, int], "Tensor | None"]  # (group, expert) -> its new 
 
 def rewritten(deltas: ExpertDeltas, replace: Replace) -> MiCRoForCausalLM:
     """A copy of the mixture in memory with some experts' tensors replaced."""
-    import copy
-
     import torch
 
     from micro.convert import load
@@ -203,7 +202,9 @@ def save_rewritten(
 
     with replace_folder(target, overwrite=overwrite) as beside:
         write_tensors(beside, list(entries()), deltas.dtype, progress=progress)
-        deltas.config.save_pretrained(beside)
+        config = copy.deepcopy(deltas.config)
+        config.architectures, config.dtype = ["MiCRoForCausalLM"], str(deltas.dtype).removeprefix("torch.")
+        config.save_pretrained(beside)
         write_rest(deltas, beside, receipt, dense=False)
     return target
 

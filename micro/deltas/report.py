@@ -99,7 +99,7 @@ def compare(
         base = float(deltas.base(group).double().square().sum())
         row = {"layer": group.layer, "matrix": group.name, "entries": prod(group.shape)}
         changed = (tau != 0).double().mean(1)
-        report.rows.append(row | _numbers((tau @ tau.mT).numpy(), base, changed.numpy()))
+        report.rows.append(row | _numbers((tau @ tau.mT).cpu().numpy(), base, changed.cpu().numpy()))
     report.overall = _pool(report.rows)
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +158,11 @@ def _check_shapes(get: Callable[[str], Tensor], mixture: Mixture, described: str
             continue
         if shape != target.shape:
             problems.append(f"{key} is {list(shape)}, expected {list(target.shape)}")
+    depth = mixture.config.num_hidden_layers
+    first = next(key for key in official_map(mixture.config) if key.startswith("layers.0.") and "q_proj" in key)
+    with contextlib.suppress(KeyError):
+        get(first.replace("layers.0.", f"layers.{depth}.", 1))
+        problems.append(f"it has more than {depth} layers")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOW_BITS = 16
+CHUNK = 1 << 22  # entries of one expert that are merged at once, in float64
 
 
 def ties(
@@ -76,10 +77,16 @@ def merge(tau: Tensor, thresholds: Tensor | None) -> Tensor:
     """
     import torch
 
+    pieces = tau.flatten(1).split(CHUNK, 1)
+    return torch.cat([_merge(piece, thresholds) for piece in pieces]).view(tau.shape[1:])
+
+
+def _merge(tau: Tensor, thresholds: Tensor | None) -> Tensor:
+    import torch
+
     kept = tau.double()
     if thresholds is not None:
-        limit = thresholds.to(kept.dtype).reshape(-1, *[1] * (kept.dim() - 1))
-        kept = torch.where(magnitude(tau).double() >= limit, kept, 0)
+        kept = torch.where(magnitude(tau) >= thresholds[:, None], kept, 0)
     elected = kept.sum(0).sign()
     agree = (kept.sign() == elected) & (elected != 0)
     count = agree.sum(0).clamp(min=1)
@@ -116,7 +123,7 @@ def _thresholds(stream: Callable[[], Iterator[Tensor]], density: float) -> Tenso
     assert high is not None, "a mixture has tensors"
     k = (high.sum(1).double() * density).round().clamp(min=1).long()
     bins, above = _kth_bin(high, k)
-    low = torch.zeros(len(high), 1 << LOW_BITS, dtype=torch.int64)
+    low = torch.zeros(len(high), 1 << LOW_BITS, dtype=torch.int64, device=high.device)
     for tau in stream():
         bits = _bits(tau)
         for row in range(len(bits)):

@@ -269,8 +269,8 @@ def test_the_error_of_low_rank_is_that_of_eckart_and_young(deltas):
         s = np.linalg.svd(tau, compute_uv=False)
         row = report.rows[0]
         assert row["rank"] == 8
-        assert row["relative_error"][e] == pytest.approx(np.sqrt((s[8:] ** 2).sum() / (s**2).sum()), rel=1e-6)
-        assert row["spectral_error"][e] == pytest.approx(s[8], rel=1e-6)
+        assert row["relative_error"][e] == pytest.approx(np.sqrt((s[8:] ** 2).sum() / (s**2).sum()), rel=1e-5)
+        assert row["spectral_error"][e] == pytest.approx(s[8], rel=1e-5)
     assert report.size == pytest.approx(1 + 4 * 8 * (32 + 48) / (32 * 48))
 
 
@@ -397,6 +397,10 @@ def test_official_folders_are_read(tmp_path, family, kind, revision):
     got = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
     for name in want:
         assert torch.allclose(got[name], want[name], atol=1e-6), name
+    into = micro.load(md.negate(deltas, "world").save_into("world", tmp_path / "into"))
+    assert torch.equal(official_tensors(into)[deltas.groups[1].keys[0]], tensors[deltas.groups[1].keys[0]])
+    fields = json.loads((tmp_path / "into" / "config.json").read_text())
+    assert (fields["architectures"], fields["dtype"]) == (["MiCRoForCausalLM"], "float32")
 
 
 def test_shards_hold_all_tensors(tmp_path):
@@ -417,6 +421,8 @@ def test_shards_hold_all_tensors(tmp_path):
 def test_bad_input_is_named(base, mixture, deltas, tmp_path):
     with pytest.raises(ValueError, match=r"is not what .* was cloned from"):
         md.ExpertDeltas(mixture, dense(intermediate_size=64))
+    with pytest.raises(ValueError, match="it has more than 2 layers"):
+        md.ExpertDeltas(mixture, dense(num_hidden_layers=3))
     with pytest.raises(TypeError, match="expected a MiCRoForCausalLM"):
         md.ExpertDeltas(base)
     with pytest.raises(ValueError, match="unknown expert 'maths'"):
