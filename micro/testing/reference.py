@@ -551,19 +551,25 @@ def intervene(
     return torch.where(changed, new, x)
 
 
-def moments(
-    x: Tensor, num_experts: int, *, touched: Tensor | None = None, experts: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of all rows at once, in float64, what :func:`micro.ops.moments_` reaches by streaming: count [E'], mean [E',W],
-    m2 [E',W], scatter [E',W,W].
-    """
-    wide, width = x.double(), x.shape[1]
-    count, mean = wide.new_zeros(num_experts), wide.new_zeros(num_experts, width)
-    scatter = wide.new_zeros(num_experts, width, width)
-    for e in range(num_experts):
-        mine = torch.ones(len(x), dtype=torch.bool, device=x.device) if experts is None else experts == e
-        own = wide[mine if touched is None else mine & touched]
-        if len(own):
-            count[e], mean[e] = len(own), own.mean(0)
-            scatter[e] = (own - mean[e]).T @ (own - mean[e])
-    return count, mean, scatter.diagonal(dim1=1, dim2=2).clone(), scatter
+def moments_(
+    x: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    scatter: Tensor | None = None,
+    *,
+    touched: Tensor | None = None,
+    experts: Tensor | None = None,
+) -> None:
+    """Streaming moments per expert, in place, row after row (Welford 1962)."""
+    for n, row in enumerate(x.double()):
+        if touched is not None and not touched[n]:
+            continue
+        e = 0 if experts is None else int(experts[n])
+        count[e] += 1
+        before = row - mean[e]
+        mean[e] += before / count[e]
+        after = row - mean[e]
+        m2[e] += before * after
+        if scatter is not None:
+            scatter[e] += before[:, None] * after

@@ -11,7 +11,7 @@ from micro import _native, ops
 from micro.testing import reference
 
 # Operators that live in the slice of another one: a second function of the same header, kernel and test.
-SHARED_SLICE = {"rope_table": "rope", "rope_frequencies": "rope"}
+SHARED_SLICE = {"moments_": "moments", "rope_table": "rope", "rope_frequencies": "rope"}
 
 
 def lists(folder):
