@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from micro.files import write_text
 from micro.report.collect import Collection, Found, Training
 from micro.report.join import notes, stages_table
-from micro.report.page import column_digits, number
+from micro.report.page import column_digits, number, without_repeats
 from micro.report.registry import KINDS
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _training(run: Training) -> list[str]:
 
 def _result(folder: Path, found: Collection, member: Found) -> list[str]:
     kind, place = KINDS[member.kind], found.place(member.path.parent)
-    title = kind.heading if place == "." else f"{kind.heading} ({place})"
+    title = kind.heading if place in (".", member.kind) else f"{kind.heading} ({place})"
     parts = [f"### {_escaped(title)}", kind.text]
     name = "-".join([*member.path.parent.relative_to(found.folder).parts, member.kind])
     picture = _picture(folder, member, f"{name}.png".replace(" ", "_"))
@@ -142,13 +142,15 @@ def _picture(folder: Path, member: Found, name: str) -> str | None:
 
 def markdown_table(frame: pd.DataFrame) -> str:
     """A pandas frame as a Markdown table, floats with three digits; at most 24 rows, and it says so."""
-    header = [_escaped(str(name)) for name in frame.columns]
-    aligned = ["---:" if kind.kind in "fiu" else "---" for kind in frame.dtypes]
-    columns = [frame.iloc[:ROWS, i].tolist() for i in range(len(header))]
+    lean, told = without_repeats(frame)
+    header = [_escaped(str(name).replace("_", " ")) for name in lean.columns]
+    aligned = ["---:" if kind.kind in "fiu" else "---" for kind in lean.dtypes]
+    columns = [lean.iloc[:ROWS, i].tolist() for i in range(len(header))]
     cells = [[_cell(value, column_digits(column)) for value in column] for column in columns]
-    lines = [header, aligned, *zip(*cells, strict=True)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return table if len(frame) <= ROWS else f"{table}\n\n(the first {ROWS} of {len(frame)} rows)"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, aligned, *zip(*cells, strict=True)])
+    if len(frame) > ROWS:
+        told.append(f"(the first {ROWS} of {len(frame)} rows)")
+    return "\n\n".join([table, *map(_escaped, told)])
 
 
 def _cell(value: Any, digits: int | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from micro.report.collect import Collection, Found, Training, collect
-from micro.report.page import Page, figure_html, table_html
+from micro.report.page import Page, figure_html, table_html, without_repeats
 from micro.report.registry import KINDS
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def _caption(found: Collection, member: Found, settings: dict[str, Any]) -> str:
 
 def limited_table(frame: pd.DataFrame, path: str) -> str:
     """The first rows of a table; ``path`` names the file that holds all of them."""
-    shown = table_html(frame.head(ROWS))
-    if len(frame) <= ROWS:
-        return shown
-    return shown + f'<p class="note">The first {ROWS} of {len(frame)} rows; all of them: {html.escape(path)}</p>'
+    lean, told = without_repeats(frame)
+    if len(frame) > ROWS:
+        told.append(f"The first {ROWS} of {len(frame)} rows; all of them: {path}")
+    return table_html(lean.head(ROWS)) + "".join(f'<p class="note">{html.escape(text)}</p>' for text in told)
 
 
 def notes(result: Result) -> str:

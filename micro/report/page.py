@@ -179,6 +179,17 @@ def table_html(frame: pd.DataFrame, *, digits: int = 3) -> str:
     return f'<div class="wide">{table}</div>'
 
 
+def without_repeats(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """(the frame without columns that repeat one long text in three rows or more, those texts with their names)."""
+    repeated = [
+        i
+        for i in range(frame.shape[1])
+        if len(frame) > 2 and len(str(frame.iloc[0, i])) > SHORT and len(set(map(str, frame.iloc[:, i]))) == 1
+    ]
+    told = [f"{frame.columns[i]}: {frame.iloc[0, i]}" for i in repeated]
+    return frame.iloc[:, [i for i in range(frame.shape[1]) if i not in repeated]], told
+
+
 def column_digits(values: Sequence[Any], digits: int = 3) -> int | None:
     """How many digits a column of numbers needs; None: two significant ones, where fixed digits would show zeros."""
     sizes = [abs(value) for value in values if isinstance(value, float) and math.isfinite(value)]

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def default_pairs(sets: Sequence[FeatureSet]) -> list[tuple[str, str]]:
-    """All pairs of experts of one model, and the same expert (or the residual stream) of different models."""
+    """All pairs of experts of the first model, and the same expert (or the residual stream) of different models."""
+    first = sets[0].model
     groups = list(dict.fromkeys((s.model, s.expert) for s in sets))
     names = {(s.model, s.expert): s.group for s in sets}
     return [
         (names[a], names[b])
         for a, b in combinations(groups, 2)
-        if (a[0] == b[0] and None not in (a[1], b[1])) or (a[0] != b[0] and a[1] == b[1])
+        if (a[0] == b[0] == first and None not in (a[1], b[1])) or (a[0] != b[0] and a[1] == b[1])
     ]
 
 
@@ -69,8 +70,9 @@ def network_table(scored: Sequence[Scored], networks: Sequence[str], voxels: Seq
         for k, (network, count) in enumerate(zip(networks, voxels, strict=True)):
             score, draws = _mean(scored, members, 2 + k)
             low, high = interval(draws)
-            entry = {"group": group, "expert": scored[members[0]].features.expert, "network": network, "voxels": count}
-            out.append({**entry, "score": score, "interval": [float(low), float(high)]})
+            features = scored[members[0]].features
+            entry = {"group": group, "model": features.model, "expert": features.expert, "network": network}
+            out.append({**entry, "voxels": count, "score": score, "interval": [float(low), float(high)]})
     return out
 
 

@@ -20,17 +20,22 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def alignment_figure(result: AlignmentResult) -> Figure:
-    """Scores over layers (or bars, where sets are no layers), the networks table and the self-test."""
+    """Scores over layers (or bars, where sets are no layers) and self-test; below, networks and contrasts."""
     from micro.analysis.figures import new_figure
 
     by_layer = all(s["layer"] is not None for s in result.sets) and len({s["layer"] for s in result.sets}) > 1
-    panels = 2 + bool(result.networks)
-    height = 4.0 if by_layer else max(4.0, 1.6 + 0.26 * len(result.sets))
-    figure, axes = new_figure(5.4 * panels, height, panels, width_ratios=[1.25, *[1.0] * (panels - 1)])
+    below = [panel for panel, rows in ((_networks, result.networks), (_contrasts, result.contrasts)) if rows]
+    first = 4.2 if by_layer else max(3.4, 1.4 + 0.24 * len(result.sets))
+    groups = len({row["group"] for row in result.networks})
+    second = max(2.2, 1.3 + 0.27 * max(groups, len(result.contrasts))) if below else 0.0
+    heights = [first, second] if below else [first]
+    figure, axes = new_figure(11.0, sum(heights), 2, rows=len(heights), height_ratios=heights, width_ratios=[1.3, 1])
     (_layers if by_layer else _bars)(axes[0], result)
-    if result.networks:
-        _networks(axes[1], result)
-    _self_test(axes[-1], result)
+    _self_test(axes[1], result)
+    for ax in axes[2 + len(below) :]:
+        ax.set_visible(False)
+    for ax, panel in zip(axes[2:], below, strict=False):
+        panel(ax, result)
     return figure
 
 
@@ -55,7 +60,7 @@ def _layers(ax: Axes, result: AlignmentResult) -> None:
     ax.plot(layers, null, color=GREY, linewidth=1, linestyle=(0, (1, 2)), label="shuffled responses, 95 %")
     _ceiling(ax, result, vertical=False)
     ax.set(xlabel="layer", ylabel="held-out Pearson r, median of voxels", title="Encoding score, 95 % intervals")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=8)
 
 
 def _bars(ax: Axes, result: AlignmentResult) -> None:
@@ -81,7 +86,8 @@ def _networks(ax: Axes, result: AlignmentResult) -> None:
     """Heat map: groups of sets by networks of voxels."""
     from micro.analysis.figures import heat_map
 
-    groups = list(dict.fromkeys(row["group"] for row in result.networks))
+    experts = {(row["model"], row["expert"]): row["group"] for row in result.networks}
+    groups = [experts[line] for line in _ordered(list(experts), by_model=True)]
     networks = list(dict.fromkeys(row["network"] for row in result.networks))
     values = np.zeros((len(groups), len(networks)))
     for row in result.networks:
@@ -89,6 +95,19 @@ def _networks(ax: Axes, result: AlignmentResult) -> None:
     bound = max(float(np.abs(values).max()), 1e-9)
     heat_map(ax, values, groups, networks, vmax=bound, text="{:.2f}", symmetric=True)
     ax.set(title="Mean over layers, by network")
+
+
+def _contrasts(ax: Axes, result: AlignmentResult) -> None:
+    """Differences of groups with their intervals; filled where the corrected p is below 0.05."""
+    for y, row in enumerate(result.contrasts):
+        ax.plot(row["interval"], [y, y], color="black", linewidth=1.2)
+        face = "black" if row["p_holm"] < 0.05 else "white"
+        ax.plot(row["difference"], y, "o", markersize=5, markerfacecolor=face, markeredgecolor="black")
+    ax.axvline(0, color=GREY, linewidth=1)
+    ax.set_yticks(range(len(result.contrasts)), [f"{row['first']} - {row['second']}" for row in result.contrasts])
+    ax.tick_params(axis="y", labelsize=7.5)
+    ax.set_ylim(len(result.contrasts) - 0.5, -0.5)
+    ax.set(xlabel="difference of r", title="Contrasts; filled: p < 0.05 (Holm)")
 
 
 def _self_test(ax: Axes, result: AlignmentResult) -> None:
@@ -125,11 +144,16 @@ def _colours(experts: list[str | None]) -> dict[str | None, str]:
     return {None: "black"} | {e: known.get(e, others[i]) for i, e in enumerate(names)}
 
 
-def _ordered(lines: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
-    """Experts in display order, models in the order given."""
+def _ordered(lines: list[tuple[str, str | None]], *, by_model: bool = False) -> list[tuple[str, str | None]]:
+    """Experts in display order, models in the order given; ``by_model``: all experts of a model together."""
     rank = {NAMES[e]: i for i, e in enumerate(display_order(NAMES))}
     models = list(dict.fromkeys(model for model, _ in lines))
-    return sorted(lines, key=lambda line: (rank.get(line[1] or "", -1), models.index(line[0])))
+
+    def place(line: tuple[str, str | None]) -> tuple[int, int]:
+        model, expert = models.index(line[0]), rank.get(line[1] or "", -1)
+        return (model, expert) if by_model else (expert, model)
+
+    return sorted(lines, key=place)
 
 
 def reading_times_figure(result: ReadingTimesResult) -> Figure:

@@ -130,17 +130,15 @@ class AlignmentResult(Result):
         return "\n".join([*lines, *self.self_test_lines()])
 
     def self_test_lines(self) -> list[str]:
-        """One line per metric."""
+        """One line per metric, two where the metric cannot be trusted here."""
         out = []
         for metric, rows in self.self_test.items():
             first = sum(row["rank"] == 1 for row in rows)
-            line = f"self-test, {metric}: {first} of {len(rows)} known layers came first"
-            missed = [row for row in rows if row["rank"] != 1]
-            if missed:
-                worst = max(missed, key=lambda row: row["rank"])
-                line += f"; {worst['target']} came {worst['rank']}., behind {worst['first']}: do not read an order of"
-                line += " layers out of this metric here"
-            out.append(line)
+            out.append(f"self-test, {metric.replace('_', ' ')}: {first} of {len(rows)} known layers came first")
+            if first < len(rows):
+                worst = max(rows, key=lambda row: row["rank"])
+                place = f"worst: {worst['target']} at place {worst['rank']}, behind {worst['first']}"
+                out.append(f"    {place}; do not read an order of layers out of it")
         return out
 
 

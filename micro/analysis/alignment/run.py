@@ -112,8 +112,8 @@ def align(
         features: name -> ``[n,d]``, or :class:`FeatureSet` objects (``pooled_activations(...).sets()``).
         responses: :class:`Responses`, or an array ``[n,v]``.
         controls: set -> other features ``[n,d]`` of the same size (random units): is the set better than those?
-        contrasts: pairs of names of sets or groups to compare; None: all pairs of experts of one model, and the same
-            expert of different models. A group is the mean over the layers of one expert of one model.
+        contrasts: pairs of names of sets or groups to compare; None: all pairs of experts of the first model, and the
+            same expert of different models. A group is the mean over the layers of one expert of one model.
         progress: show a bar on stderr.
         **options: ``metrics`` ("ridge" and any of "rsa", "topological_rsa", "cka"; all that the columns allow),
             ``folds`` (5), ``inner_folds`` (5), ``lambdas`` (1e-3 .. 1e6), ``permutations`` (99: shuffled blocks of

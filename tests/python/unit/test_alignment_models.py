@@ -190,7 +190,7 @@ def test_the_command_aligns_a_model_with_responses(folder, tmp_path, capsys):
     assert run([*arguments, *options, "--untrained"]) == DONE
     content = json.loads((tmp_path / "out" / "alignment.json").read_text())
     assert [s["name"] for s in content["sets"]][2:] == ["untrained, logic, layer 1", "untrained, social, layer 1"]
-    assert [c["first"] for c in content["contrasts"]] == ["model: logic"] * 2 + ["model: social", "untrained: logic"]
+    assert [c["first"] for c in content["contrasts"]] == ["model: logic"] * 2 + ["model: social"]
     assert (tmp_path / "out" / "alignment.png").stat().st_size > 1000 and "self-test" in capsys.readouterr().out
     (tmp_path / "texts.txt").write_text("\n".join(texts[:-1]))
     assert run([*arguments, *options]) == BAD_INPUT and "35 lines" in capsys.readouterr().err
