@@ -20,7 +20,7 @@ import torch
 
 from micro import interventions as iv
 from micro.analysis.batches import batches
-from micro.analysis.inputs import counted, evaluating, input_rows
+from micro.analysis.inputs import counted, evaluating, input_rows, with_none
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, benjamini_hochberg, permutation_p
 from micro.progress import track
@@ -269,8 +269,8 @@ class AttributionReport(Result):
     largest_logit: float
     influence: list[list[float]]
     share: list[list[float]]
-    share_random: list[list[float]]
-    share_random_high: list[list[float]]
+    share_random: list[list[float | None]]
+    share_random_high: list[list[float | None]]
     entanglement: list[list[list[list[float | None]]]]
     entanglement_p: list[list[list[list[float | None]]]]
     entanglement_q: list[list[list[list[float | None]]]]
@@ -316,9 +316,13 @@ class AttributionReport(Result):
         lines = [f"{self.tokens} tokens of {self.rows} rows; parts sum to the logits within {self.max_error:.1e}"]
         for layer, share in enumerate(self.share):
             order = [w for w in np.argsort(share)[::-1] if self.influence[layer][w] > 0][:3]
-            parts = [f"{self.writers[w]} {share[w]:+.2f} (random {self.share_random[layer][w]:+.2f})" for w in order]
+            parts = [f"{self.writers[w]} {share[w]:+.2f}{self._random(layer, w)}" for w in order]
             lines.append(f"layer {layer}: {', '.join(parts)}")
         return "\n".join(lines)
+
+    def _random(self, layer: int, writer: int) -> str:
+        share = self.share_random[layer][writer]
+        return "" if share is None else f" (random {share:+.2f})"
 
     def plot(self) -> Figure:
         from micro.analysis.attribution_figures import attribution_figure
@@ -413,18 +417,14 @@ def _report(split: RouterSplit, random: Tensor, experts: list[str], settings: di
         largest_logit=float(split.logits.abs().max()),
         influence=influence.tolist(),
         share=share.tolist(),
-        share_random=null.mean(0).tolist(),
-        share_random_high=null.max(0).tolist(),
-        entanglement=_with_none(effect),
-        entanglement_p=_with_none(p),
-        entanglement_q=_with_none(benjamini_hochberg(p)),
+        share_random=with_none(null.mean(0)),
+        share_random_high=with_none(null.max(0)),
+        entanglement=with_none(effect),
+        entanglement_p=with_none(p),
+        entanglement_q=with_none(benjamini_hochberg(p)),
         rate=rate.tolist(),
         settings=settings,
     )
-
-
-def _with_none(values: Array) -> Any:
-    return np.where(np.isnan(values), None, values).tolist()  # type: ignore[call-overload]
 
 
 def entanglement(split: RouterSplit, experts: int, shifts: int, seed: int = 0) -> tuple[Array, Array, Array]:

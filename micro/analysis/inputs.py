@@ -1,4 +1,6 @@
-"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, and a model that is not in training."""
+"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, a model that is not in training, and
+numbers that JSON can hold.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from micro.analysis.batches import IGNORED, encoded, shifted
@@ -62,3 +65,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def with_none(values: Any) -> Any:
+    """Nested lists of an array; NaN, which JSON does not know, becomes None."""
+    array = np.asarray(values, dtype=np.float64)
+    return np.where(np.isnan(array), None, array).tolist()  # type: ignore[call-overload]

@@ -15,7 +15,7 @@ import torch
 
 from micro.analysis.ablation_scores import GROUP, ScoreStore
 from micro.analysis.batches import batches, token_losses
-from micro.analysis.inputs import counted, evaluating, input_rows
+from micro.analysis.inputs import counted, evaluating, input_rows, with_none
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
 from micro.analysis.suites import ManySuite, Suite, Traits, traits
@@ -409,7 +409,8 @@ def bias_curves(
                 "expert": name, "values": [float(b) for b in values], "domains": names,
                 "layers": None if layers is None else list(layers),
                 "probability": [float(one[2][e]) for one in some], "usage": [float(one[3][e]) for one in some],
-                "change": change(np.ones(len(records))).tolist(), "interval": np.stack([low, high], -1).tolist(),
+                "change": with_none(change(np.ones(len(records)))),
+                "interval": with_none(np.stack([low, high], -1)),
             }
         )  # fmt: skip
     return out

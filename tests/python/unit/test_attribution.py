@@ -159,7 +159,9 @@ def test_what_is_left_out_and_refused():
     model = small_model()
     few = attribution(model, Letters(), texts(8), token_limit=30, max_tokens=48, shifts=0, random_readers=0)
     assert few.tokens == 46  # two rows of 23 predicting tokens
-    assert np.isnan(np.array(few.share_random)).all()
+    assert set(np.array(few.share_random).ravel()) == {None}
+    assert "random" not in str(few)
+    assert isinstance(few.plot(), Figure)
     with pytest.raises(ValueError, match="data is empty"):
         attribution(model, Letters(), [])
     with pytest.raises(ValueError, match="positions must be one of predicting, all"):

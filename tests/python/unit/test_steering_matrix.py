@@ -115,7 +115,7 @@ def test_equal_experts_cannot_be_steered(tokenizer, records):
     assert np.abs(report.change).max() < 1e-9
     assert report.records == 6
     curves = bias_curves(model, tokenizer, records, values=[-3, 3], experts=["world"], draws=50)
-    assert np.nanmax(np.abs(curves[0]["change"])) < 1e-9
+    assert np.nanmax(np.abs(np.array(curves[0]["change"], float))) < 1e-9
 
 
 def test_change_of_a_loss_is_the_change_of_log_likelihood(tokenizer, records):
@@ -135,8 +135,8 @@ def test_bias_moves_probability_and_usage_up_and_zero_changes_nothing(tokenizer,
             assert np.all(np.diff(share) >= 0)
             assert share[0] == 0
             assert share[-1] == 1
-        assert np.nanmax(np.abs(curve["change"][3])) == 0
-        assert np.nanmax(np.abs(curve["change"][0])) > 0
+        assert np.nanmax(np.abs(np.array(curve["change"][3], float))) == 0
+        assert np.nanmax(np.abs(np.array(curve["change"][0], float))) > 0
 
 
 def test_bias_in_one_layer_only(tokenizer, records):
