@@ -20,11 +20,12 @@ from torch import Tensor
 from micro.analysis.batches import CHUNK_BYTES
 from micro.errors import choices
 from micro.modeling.cache import MiCRoCache, MiCRoCacheLayer
+from micro.modeling.config import MiCRoConfig
 from micro.modeling.controls import NAMES_OF_CONTROLS, ControlReader, Phases, TensorPhases
 from micro.progress import Progress
 
 if TYPE_CHECKING:
-    from micro.modeling import MiCRoConfig, MiCRoForCausalLM
+    from micro.modeling import MiCRoForCausalLM
 
 Ids = tuple[int, ...]
 HEAD = 32  # prompts that agree in so many first tokens are worked off together: worked examples are read once
@@ -66,7 +67,11 @@ class CandidateScorer:
             since batches are formed here.
         max_tokens: slots per batch; also bounds cached slots: L * E * G * D * 8 bytes each, for float32.
         encode: text -> ids, in place of ``tokenizer(text)["input_ids"]``.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr, with this name if it is one.
+
+    Raises:
+        TypeError: the model has no experts.
+        ValueError: a control that counts rows or slots, or one that does not exist.
 
     Source: model.md 9.3 (candidate scoring).
     """
@@ -79,8 +84,13 @@ class CandidateScorer:
         controls: Mapping[str, Any] | None = None,
         max_tokens: int = 2048,
         encode: Callable[[str], Sequence[int]] | None = None,
-        progress: bool = False,
+        progress: bool | str = False,
     ) -> None:
+        if not isinstance(getattr(model, "config", None), MiCRoConfig):
+            raise TypeError(
+                f"CandidateScorer: expected a MiCRo model, got {type(model).__name__}; micro.upcycle makes one of a "
+                "dense model"
+            )
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self.model, self.max_tokens, self.progress = model, max_tokens, progress
@@ -130,7 +140,9 @@ class CandidateScorer:
         self.model.train(False)
         try:
             shared = _Shared(self.model, self._prompt_controls)
-            with Progress("candidates", len(set(wanted)), unit="candidates", enabled=self.progress) as bar:
+            told = self.progress if isinstance(self.progress, str) else "candidates"
+            shown = None if self.progress else False
+            with Progress(told, len(set(wanted)), unit="candidates", enabled=shown) as bar:
                 for batch in work:
                     found.update(self._score_batch(batch, shared))
                     bar.advance(sum(len(some) for _, some in batch))
@@ -337,8 +349,7 @@ def encode_pair(encode: Callable[[str], Sequence[int]], prompt: str, candidate: 
     """
     if not candidate:
         raise ValueError(f"the candidate after {prompt[-40:]!r} is empty")
-    kept = prompt.rstrip(" ")
-    whole, own = tuple(encode(prompt + candidate)), tuple(encode(kept)) if kept else ()
+    whole, own = tuple(encode(prompt + candidate)), tuple(encode(prompt.rstrip(" ")))
     cut = min(_agree(whole, own), len(whole) - 1)
     return whole[:cut], whole[cut:]
 

@@ -6,14 +6,16 @@ result = harness.run(model, tokenizer, tasks=["mine"], include_path="my_tasks")
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from micro.analysis.result import Result
 from micro.errors import RunError, require
+from micro.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,17 +27,18 @@ HALF_WIDTH = 1.96  # of a 95 % normal interval, in standard errors
 @dataclass
 class HarnessResult(Result):
     """What the harness found. ``rows``: task, metric, filter, value, stderr, low and high (95 %, normal; None where
-    there is no standard error), items, shots, version; ``samples``: task -> the harness' log of its items.
+    there is no standard error), items, shots, version; ``samples``: task -> the harness' log of its
+    items, saved in ``harness_samples.jsonl``.
     """
 
     name: ClassVar[str] = "harness"
 
     rows: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"rows": self.rows, "settings": self.settings}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> HarnessResult:
@@ -43,6 +46,13 @@ class HarnessResult(Result):
 
     def table(self) -> pd.DataFrame:
         return require("pandas", "eval", "HarnessResult.table").DataFrame(self.rows)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``harness.json``, ``harness.csv`` and, where samples were kept, ``harness_samples.jsonl``."""
+        super().save(folder)
+        lines = [json.dumps({"task": task, **sample}) for task, some in self.samples.items() for sample in some]
+        if lines:
+            write_text(Path(folder) / f"{self.name}_samples.jsonl", "".join(f"{line}\n" for line in lines))
 
     def plot(self) -> Figure:
         from micro.evaluation.suites.figure import harness_figure
@@ -186,8 +196,6 @@ def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _samples(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The harness' log of each item, as JSON types."""
-    import json
-
     return {
         task: [json.loads(json.dumps(sample, default=str)) for sample in samples]
         for task, samples in found.get("samples", {}).items()

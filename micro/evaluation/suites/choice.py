@@ -36,7 +36,9 @@ class OfflineSuite(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def rules(self) -> dict[str, list[float]]: ...
-    def outcomes(self, model: Any, controls: Mapping[str, Any], *, progress: bool = False) -> list[dict[str, Any]]: ...
+    def outcomes(
+        self, model: Any, controls: Mapping[str, Any], *, progress: bool | str = False
+    ) -> list[dict[str, Any]]: ...
     def tally(self, outcomes: Sequence[Mapping[str, Any]]) -> tuple[Array, Array]: ...
 
 
@@ -97,14 +99,17 @@ class ChoiceSuite:
         """What simple rules would score, per row (:func:`micro.evaluation.suites.items.rules`)."""
         return {rule: self._mean(values) for rule, values in rules(self.items).items()}
 
-    def outcomes(self, model: Any, controls: Mapping[str, Any], *, progress: bool = False) -> list[dict[str, Any]]:
+    def outcomes(
+        self, model: Any, controls: Mapping[str, Any], *, progress: bool | str = False
+    ) -> list[dict[str, Any]]:
         """Of each item: chosen candidate, whether it is right, log-likelihoods (nats), and the margin of the right
         answer over the best other one after normalization.
         """
         scorer = CandidateScorer(
             model, controls=controls, max_tokens=self.max_tokens, encode=self._encode, progress=progress
         )
-        scores = scorer.score([self._prompt(item) for item in self.items], [item.candidates for item in self.items])
+        put = [self._put(item) for item in self.items]
+        scores = scorer.score([prompt for prompt, _ in put], [candidates for _, candidates in put])
         found = []
         for item, some in zip(self.items, scores, strict=True):
             values = [score.value(self.normalization) for score in some]
@@ -156,12 +161,15 @@ class ChoiceSuite:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, **({"add_special_tokens": False} if self.chat else {}))["input_ids"])
 
-    def _prompt(self, item: Item) -> str:
+    def _put(self, item: Item) -> tuple[str, tuple[str, ...]]:
+        """Prompt and candidates as the model gets them."""
         if not self.chat:
-            return item.prompt
+            return item.prompt, item.candidates
         asked, answer, begun = item.prompt.rpartition("\nAnswer:")
         if not answer:
             asked, begun = f"Continue: {item.prompt}", item.prompt
         turn = [{"role": "user", "content": asked.removeprefix("Question: ")}]
         shown = str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        return shown + begun.lstrip()
+        begun = begun.lstrip()
+        # Behind the header of the assistant's turn no space is wanted.
+        return shown + begun, item.candidates if begun else tuple(c.lstrip() for c in item.candidates)

@@ -48,7 +48,7 @@ class SuitesResult(Result):
         return cls(**content)
 
     def table(self) -> pd.DataFrame:
-        """One line per task, row and condition."""
+        """One line per task, row and condition; the means over rows come first."""
         lines = [
             {
                 **{name: row[name] for name in ("domain", "task", "row")},
@@ -65,7 +65,7 @@ class SuitesResult(Result):
                 "change_high": row["change_interval"][c][1],
                 "note": self.note,
             }
-            for row in self.rows
+            for row in [*self.summary(), *(row for row in self.rows if row["row"] != ALL)]
             for c, condition in enumerate(self.conditions)
         ]
         return require("pandas", "eval", "SuitesResult.table").DataFrame(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,7 +152,7 @@ def run(
     )
     for suite in suites:
         found = {
-            name: kept(suite, given, f"{suite.task} {name}", progress=progress) for name, given in conditions.items()
+            name: kept(suite, given, _told(suite.task, name), progress=progress) for name, given in conditions.items()
         }
         result.outcomes[suite.task] = found
         result.rows += summarise(suite, list(found.values()), draws=draws, seed=seed)
@@ -199,6 +199,10 @@ def _conditions(
     return found
 
 
+def _told(task: str, condition: str) -> str:
+    return task if condition == "none" else f"{task} without {condition}"
+
+
 class _Kept:
     """Outcomes of finished tasks and conditions, in files of a folder."""
 
@@ -209,15 +213,15 @@ class _Kept:
     def __call__(
         self, suite: OfflineSuite, controls: Mapping[str, Any], told: str, *, progress: bool
     ) -> list[dict[str, Any]]:
-        compute: Callable[[], list[dict[str, Any]]] = lambda: suite.outcomes(self.model, controls, progress=progress)  # noqa: E731
+        shown = told if progress else False
         if self.folder is None:
-            return compute()
+            return suite.outcomes(self.model, controls, progress=shown)
         key = [self._model, suite.fingerprint, repr(sorted(controls.items()))]
         path = self.folder / f"{suite.task}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
             return content
-        outcomes = compute()
+        outcomes = suite.outcomes(self.model, controls, progress=shown)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"told": told, "outcomes": outcomes}, ensure_ascii=False) + "\n")
         return outcomes

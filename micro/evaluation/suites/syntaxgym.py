@@ -244,7 +244,9 @@ class SyntaxGym:
         """None: no rule about words fits all suites."""
         return {}
 
-    def outcomes(self, model: Any, controls: Mapping[str, Any], *, progress: bool = False) -> list[dict[str, Any]]:
+    def outcomes(
+        self, model: Any, controls: Mapping[str, Any], *, progress: bool | str = False
+    ) -> list[dict[str, Any]]:
         """Of each item: whether all formulas hold, and the surprisals in bits that they ask for."""
         asked: list[tuple[int, Key]] = []
         prompts: list[str] = []

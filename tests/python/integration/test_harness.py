@@ -246,13 +246,31 @@ def test_own_tasks_run_without_network(model, tokenizer, tasks, tmp_path):
         assert accuracy["low"] == pytest.approx(accuracy["value"] - 1.96 * accuracy["stderr"])
     assert len(result.samples["own_words"]) == 5
     result.save(tmp_path)
+    assert (tmp_path / "harness_samples.jsonl").read_text().count("\n") == 10
     assert harness.HarnessResult.load(tmp_path).table().equals(result.table())
     assert result.plot().axes
 
 
-def test_an_unknown_task_is_named(model, tokenizer, tasks):
-    with pytest.raises(ValueError, match=r"no task 'own_chioce' in lm-eval .* or in "):
-        harness.run(model, tokenizer, tasks="own_chioce", include_path=tasks)
+def test_the_own_folder_is_read_first_and_all_tasks_only_where_they_are_needed(tmp_path):
+    """The index of all tasks takes seconds, so a stand-in counts how often it is made."""
+    from micro.evaluation.harness import _manager
+
+    made = []
+
+    class Index:
+        def __init__(self, include_path=None, include_defaults=True):
+            made.append((include_path, include_defaults))
+            self.all_tasks = (["mine"] if include_path else []) + (["theirs"] if include_defaults else [])
+
+    own = str(tmp_path)
+    assert _manager(Index, ["mine"], own).all_tasks == ["mine"]
+    assert made == [(own, False)]
+    assert _manager(Index, ["mine", "theirs"], own).all_tasks == ["mine", "theirs"]
+    assert made[1:] == [(own, False), (own, True)]
+    with pytest.raises(ValueError, match=r"no task 'thiers' in lm-eval [\d.]+ or in "):
+        _manager(Index, ["mine", "thiers"], own)
+    with pytest.raises(ValueError, match="your own is given by include_path"):
+        _manager(Index, ["mine"], None)
 
 
 def test_the_command_runs_tasks_and_writes_files(folder, tasks, tmp_path, capsys):

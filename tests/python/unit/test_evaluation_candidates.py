@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_models import ALL_FOUR, small_model
 
+from micro import interventions
 from micro.evaluation import candidates
 from micro.evaluation.candidates import CandidateScorer, encode_pair
 from micro.steering import Phases
@@ -189,6 +190,24 @@ def test_what_fits_exactly_is_scored():
 def test_controls_that_count_rows_or_slots_are_refused(controls, message):
     with pytest.raises(ValueError, match=message):
         CandidateScorer(small_model(), controls=controls)
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(TypeError, match="expected a MiCRo model, got Linear"):
+        CandidateScorer(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["block", "ffn"])
+def test_interventions_on_the_model_reach_prompts_and_candidates(kind):
+    model, pairs = small_model(kind=kind), some_pairs(4)
+    actions = [interventions.zero("units", experts="logic" if kind == "block" else None, units=[1, 2, 3, 4, 5, 6, 7])]
+    free = CandidateScorer(model).score_ids(pairs)
+    with model.intervene(*actions):
+        scores = CandidateScorer(model, max_tokens=150).score_ids(pairs)
+        want = one_by_one(model, pairs)
+    assert [s.logprob for s in scores] == pytest.approx([w for w, _ in want], abs=1e-11)
+    assert scores != free
+    assert CandidateScorer(model).score_ids(pairs) == free
 
 
 def test_texts_need_a_tokenizer_and_candidates_for_each_prompt():

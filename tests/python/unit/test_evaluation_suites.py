@@ -260,9 +260,13 @@ def test_steering_changes_the_log_likelihoods(model, tokenizer):
 def test_prompts_go_into_the_chat_template_and_the_answer_begins_outside(model, tokenizer):
     item = Item("Question: Who?\nAnswer: It is", (" Tom", " Mia"), 0, "r", "t")
     suite = ChoiceSuite("t", [item], tokenizer, domain="logic", chat=True)
-    assert suite._prompt(item).endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nIt is")
+    prompt, candidates = suite._put(item)
+    assert prompt.endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nIt is")
+    assert candidates == (" Tom", " Mia")
+    bare = Item("Question: Who?\nAnswer:", (" Tom", " Mia"), 0, "r", "t")
+    assert suite._put(bare)[0].endswith("assistant\n") and suite._put(bare)[1] == ("Tom", "Mia")
     cloze = Item("The capital of France is", (" Paris", " Rome"), 0, "r", "t")
-    assert suite._prompt(cloze).endswith("assistant\nThe capital of France is")
+    assert suite._put(cloze)[0].endswith("assistant\nThe capital of France is")
     assert len(suite.outcomes(model, {})[0]["logprobs"]) == 2
 
 
