@@ -10,7 +10,7 @@ from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, abl
 from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.agreement_report import AgreementReport, agreement
 from micro.analysis.alignment import AlignmentResult, ReadingTimesResult, align, reading_times
-from micro.analysis.attribution import AttributionReport, attribution, router_split
+from micro.analysis.attribution import AttributionReport, attribution
 from micro.analysis.capture import Capture, capture
 from micro.analysis.cell_shapley_report import CellShapleyReport, cell_shapley
 from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
@@ -27,6 +27,7 @@ from micro.analysis.localizers import (
     localizer_test,
 )
 from micro.analysis.resonance import ResonanceReport, TargetSuite, cell_effects, resonance, tunable_cells
+from micro.analysis.router_parts import RouterSplit, router_split
 from micro.analysis.routing_report import RoutingReport, routing
 from micro.analysis.selectivity_report import SelectivityReport, selectivity
 from micro.analysis.shapley_report import ShapleyReport, expert_shapley
@@ -48,6 +49,7 @@ __all__ = [
     "LossSuite",
     "ReadingTimesResult",
     "ResonanceReport",
+    "RouterSplit",
     "RoutingReport",
     "ScoreStore",
     "SelectivityReport",

@@ -64,7 +64,7 @@ def add(deltas: ExpertDeltas, experts: Expert | Iterable[Expert], *, scale: floa
 def negate(
     deltas: ExpertDeltas, experts: Expert | Iterable[Expert], *, scale: float = 1.0, shared: float = 1.0
 ) -> Merged:
-    """Weights base - scale * (sum of the experts' deltas): the base without what these experts learned.
+    """Weights base - scale * (sum of the experts' deltas): the base moved away from what these experts learned.
 
     Written into the expert itself (``.into``) or made dense it forgets a domain; on other domains it should do little,
     which only a measurement tells.

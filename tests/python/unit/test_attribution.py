@@ -5,7 +5,8 @@ from matplotlib.figure import Figure
 from small_models import ALL_FOUR, random_ids, small_model
 
 from micro import interventions as iv
-from micro.analysis.attribution import AttributionReport, RouterSplit, attribution, entanglement, router_split
+from micro.analysis.attribution import AttributionReport, attribution, entanglement
+from micro.analysis.router_parts import RouterSplit, router_split
 
 
 class Letters:
@@ -35,6 +36,18 @@ def test_parts_sum_to_the_logits(backbone, kind, k):
     single = router_split(model.float(), random_ids(2, 9), mask)
     assert single.error < 1e-4
     assert float(single.logits.abs().max()) > 1  # the bound says something
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("backbone, kind", ALL_FOUR)
+def test_heads_sum_to_attention(backbone, kind, k):
+    model = small_model(backbone, kind, num_hidden_layers=3, num_experts_per_tok=k)
+    split = router_split(model, random_ids(2, 6), heads=True)
+    assert split.heads.shape == (3, 12, k, 4, 3, 4)
+    assert torch.allclose(split.heads.sum(3), split.writes[:, 0], atol=1e-10)
+    assert float(split.heads.abs().max()) > 0.1
+    both = RouterSplit.cat([split, split])
+    assert torch.equal(both.heads[:, 12:], split.heads)
 
 
 @pytest.mark.parametrize("rule", ["probability", "straight_through"])
