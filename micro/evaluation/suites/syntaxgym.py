@@ -132,6 +132,11 @@ class Formula:
 
 
 # ---------------------------------------------------------------- suites
+_SPACE_BEFORE_SIGN = re.compile(
+    r"\s+([.,!?;:])"
+)  # the suites' texts have one; text that models are trained on does not
+
+
 @dataclass(frozen=True)
 class GymSuite:
     """One file: items are condition -> texts of its regions, in order."""
@@ -185,7 +190,7 @@ class SyntaxGym:
     """The suites as one task: one row per suite, the score is the share of items for which all formulas hold.
 
     A region's surprisal is the sum over its tokens in bits, with the space before it; an empty region has 0. Regions
-    are joined by one space, and the sentence begins as the tokenizer begins a text.
+    are joined by one space, none before punctuation; the sentence begins as the tokenizer begins a text.
 
     Args:
         tokenizer: of the model.
@@ -260,7 +265,7 @@ class SyntaxGym:
                     continue
                 asked.append((i, key))
                 prompts.append(before)
-                regions.append([f" {text}"])
+                regions.append([text])
         scorer = CandidateScorer(
             model, self.tokenizer, controls=controls, max_tokens=self.max_tokens, progress=progress
         )
@@ -292,12 +297,16 @@ class SyntaxGym:
 
 
 def _around(item: Mapping[str, tuple[str, ...]], key: Key, suite: str) -> tuple[str, str]:
-    """(text before a region, text of the region)."""
+    """(text before a region, the region with what joins it to that text). No space stands before punctuation."""
     region, condition = key
     if condition not in item or not 1 <= region <= len(item[condition]):
         raise ValueError(f"syntaxgym: {suite} asks for region {region} of {condition!r}, which an item does not have")
     texts = item[condition]
-    before = " ".join(text for text in texts[: region - 1] if text)
+    before = _joined(texts[: region - 1])
     if texts[region - 1] and not before:
         raise ValueError(f"syntaxgym: {suite} asks for the first region of {condition!r}, which nothing precedes")
-    return before, texts[region - 1]
+    return before, _joined(texts[:region])[len(before) :]
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return _SPACE_BEFORE_SIGN.sub(r"\1", " ".join(text for text in texts if text))

@@ -95,6 +95,14 @@ def test_an_empty_region_has_no_surprisal(model, tokenizer, tmp_path):
     assert outcome["score"] == 1.0
 
 
+def test_no_space_stands_before_punctuation():
+    item = {"a": ("As the man", "", "left", ", the dog barked .", "?")}
+    assert syntaxgym._around(item, (3, "a"), "s") == ("As the man", " left")
+    assert syntaxgym._around(item, (4, "a"), "s") == ("As the man left", ", the dog barked.")
+    assert syntaxgym._around(item, (5, "a"), "s") == ("As the man left, the dog barked.", "?")
+    assert syntaxgym._around(item, (2, "a"), "s") == ("As the man", "")
+
+
 def test_chance_is_that_of_surprisals_in_random_order(tokenizer, tmp_path):
     assert SyntaxGym(tokenizer, suites=suite_file(tmp_path)).chance == pytest.approx([0.5], abs=0.02)
     both = "((3;%good%) < (3;%bad%)) & ((2;%good%) < (2;%bad%))"
