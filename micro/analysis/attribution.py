@@ -1,4 +1,4 @@
-"""Where a routing decision comes from: the parts of router logits (:mod:`micro.analysis.router_parts`) over many tokens.
+"""Where a routing decision comes from: parts of router logits (:mod:`micro.analysis.router_parts`) over many tokens.
 
 Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", 2026: influence as the variance
 of a part, entanglement of layers. Shares, random routers and tests are ours.
