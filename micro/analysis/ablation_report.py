@@ -88,7 +88,9 @@ class AblationReport(Result):
         """The claim table: one line per row and ablated set, one Holm family over all lines.
 
         Columns: task, ablated, unit, records, items; intact, score (with intact_se, score_se over records), change with
-        the standard error ``se`` of the paired difference and its 95 % bootstrap interval low..high; test, p, p_holm;
+        the standard error ``se`` of the paired difference and its 95 % bootstrap interval low..high; test ("exact
+        McNemar" for records that are right or wrong, else "sign flips" of records), p, p_holm; p_bootstrap, the paired
+        bootstrap's p, which like the interval is too sure of itself below some 20 records;
         and the published test: published_se (``sqrt(se^2 + intact_se^2)``), published_t, published_df, published_p,
         published_stars (unpaired, uncorrected). The line "Average" is over tasks scored as shares.
         """
@@ -148,8 +150,7 @@ def ablation(
 
     Returns:
         An :class:`AblationReport`. Items are paired: intervals are of the difference (bootstrap over records), p values
-        exact McNemar for records that are right or wrong, else paired bootstrap, corrected by Holm over all lines;
-        beside them the published test.
+        those of :meth:`AblationReport.tests`, corrected by Holm over all lines; beside them the published test.
 
     Raises:
         ValueError: an unknown expert, a set that leaves no expert, or validation suites with other rows.

@@ -16,6 +16,9 @@ from micro.errors import require
 
 DRAWS = 10_000
 AVERAGE = "Average"
+EXACT_RECORDS = 14  # up to which all sign patterns are tried
+FLIPS = 20_000
+CHUNK = 1 << 22  # signs held at once
 
 Line = dict[str, Any]
 
@@ -28,6 +31,38 @@ def drawn_means(scores: Scores, *, draws: int = DRAWS, seed: int = 0) -> Array:
 def paired_errors(scores: Scores) -> Array:
     """Standard errors [C,K] of the differences to the first condition, over records."""
     return ratio_error(scores.sums - scores.sums[:1], np.broadcast_to(scores.counts, scores.sums.shape))
+
+
+def sign_flip_p(differences: Array, *, draws: int = FLIPS, seed: int = 0) -> Array:
+    """Two-sided p of paired differences that are symmetric about 0 under the null: the signs of whole records are
+    flipped (Fisher 1935; all patterns up to 14 records, random ones above). Right for any number of records.
+
+    Args:
+        differences: ``[records, ...]``, one sum per record.
+        draws: random patterns.
+        seed: of the patterns.
+
+    Returns:
+        float64, the shape without the first axis; 1 where all differences are 0.
+    """
+    flat = np.asarray(differences, dtype=np.float64).reshape(len(differences), -1)
+    records = len(flat)
+    observed = np.abs(flat.sum(0))
+    bound = observed * (1 - 1e-12)
+    exact = records <= EXACT_RECORDS
+    total = 1 << records if exact else draws
+    generator = np.random.default_rng(seed)
+    count = np.zeros(flat.shape[1])
+    step = max(1, CHUNK // max(records, flat.shape[1], 1))
+    for start in range(0, total, step):
+        size = min(step, total - start)
+        if exact:
+            patterns = (np.arange(start, start + size)[:, None] >> np.arange(records)) & 1
+        else:
+            patterns = generator.integers(0, 2, size=(size, records))
+        count += (np.abs((2.0 * patterns - 1.0) @ flat) >= bound).sum(0)
+    p = count / total if exact else (1 + count) / (1 + total)
+    return np.asarray(p.reshape(np.shape(differences)[1:]))
 
 
 def items_are_right_or_wrong(scores: Scores, row: int) -> bool:
@@ -52,39 +87,41 @@ def claim_lines(every: Sequence[Scores], names: Sequence[Sequence[str]], *, draw
     for scores, shown in zip(every, names, strict=True):
         drawn = drawn_means(scores, draws=draws, seed=seed)
         errors, paired = scores.errors(), paired_errors(scores)
+        flips = sign_flip_p(np.moveaxis(scores.sums - scores.sums[:1], 0, 1), seed=seed)
         for row in scores.shown():
-            lines += [
-                _line(scores, row, c, shown[row], drawn[..., row], errors[:, row], paired[:, row])
-                for c in range(1, len(scores.conditions))
-            ]
+            for c in range(1, len(scores.conditions)):
+                line = _line(scores, row, c, shown[row], errors[:, row], paired[:, row])
+                lines.append(line | _tested(scores, row, c, drawn[:, c, row] - drawn[:, 0, row], float(flips[c, row])))
     lines += _average_lines(every)
     for line, p in zip(lines, holm([line["p"] for line in lines]), strict=True) if lines else ():
         line["p_holm"] = float(p)
     return [{key: None if value != value else value for key, value in line.items()} for line in lines]  # NaN
 
 
-def _line(scores: Scores, row: int, c: int, name: str, drawn: Array, errors: Array, paired: Array) -> Line:
+def _line(scores: Scores, row: int, c: int, name: str, errors: Array, paired: Array) -> Line:
+    """A line without interval and paired test."""
     about, means = scores.traits, scores.means[:, row]
     factor, present = about.factor, scores.counts[:, row] > 0
-    rise = means[c] - means[0]
-    low, high = interval(drawn[:, c] - drawn[:, 0])
-    if items_are_right_or_wrong(scores, row):
-        test, p = "exact McNemar", mcnemar(scores.sums[0, present, row], scores.sums[c, present, row])
-    else:
-        test, p = (
-            "paired bootstrap",
-            float(permutation_p(rise, drawn[:, c] - drawn[:, 0] - rise, alternative="two-sided")),
-        )
     line = {
         "task": name, "ablated": scores.conditions[c].name, "unit": "points" if about.unit == SHARE else about.unit,
         "records": int(present.sum()), "items": int(scores.counts[:, row].sum()),
-        "intact": means[0] * factor, "score": means[c] * factor, "intact_se": errors[0] * factor,
-        "score_se": errors[c] * factor, "change": rise * factor, "se": paired[c] * factor, "low": float(low) * factor,
-        "high": float(high) * factor, "test": test, "p": p,
+        "intact": float(means[0] * factor), "score": float(means[c] * factor),
+        "intact_se": float(errors[0] * factor), "score_se": float(errors[c] * factor),
+        "change": float((means[c] - means[0]) * factor), "se": float(paired[c] * factor),
     }  # fmt: skip
-    return {key: float(value) if isinstance(value, np.floating) else value for key, value in line.items()} | _published(
-        means[c], errors[c], means[0], errors[0], float(present.sum()), factor
-    )
+    return line | _published(means[c], errors[c], means[0], errors[0], float(present.sum()), factor)
+
+
+def _tested(scores: Scores, row: int, c: int, drawn: Array, flipped: float) -> Line:
+    """Interval and paired tests, from differences [draws] of resamples and the p of sign flips."""
+    rise, factor = scores.means[c, row] - scores.means[0, row], scores.traits.factor
+    low, high = interval(drawn * factor)
+    test, p = "sign flips", flipped
+    if items_are_right_or_wrong(scores, row):
+        present = scores.counts[:, row] > 0
+        test, p = "exact McNemar", mcnemar(scores.sums[0, present, row], scores.sums[c, present, row])
+    bootstrap = float(permutation_p(rise, drawn - rise, alternative="two-sided"))
+    return {"low": float(low), "high": float(high), "test": test, "p": p, "p_bootstrap": bootstrap}
 
 
 def _published(score: float, se: float, intact: float, intact_se: float, n: float, factor: float) -> Line:
@@ -112,8 +149,7 @@ def _average_lines(every: Sequence[Scores]) -> list[Line]:
         return []
     made = []
     for c in range(1, len(tasks[0].conditions)):
-        nothing = np.zeros((1, len(tasks[0].conditions)))  # these lines' own intervals and tests are not used
-        some = [_line(t, 0, c, "", nothing, t.errors()[:, 0], paired_errors(t)[:, 0]) for t in tasks]
+        some = [_line(task, 0, c, "", task.errors()[:, 0], paired_errors(task)[:, 0]) for task in tasks]
         made.append(_average_line(tasks[0].conditions[c].name, some))
     return made
 
@@ -144,6 +180,7 @@ def _average_line(ablated: str, some: Sequence[Line]) -> Line:
         "items": sum(x["items"] for x in some), "intact": ours["intact"].mean, "score": ours["score"].mean,
         "intact_se": ours["intact"].se, "score_se": ours["score"].se, "change": change, "se": se,
         "low": change - 1.959964 * se, "high": change + 1.959964 * se, "test": "z of the mean", "p": p,
+        "p_bootstrap": float("nan"),
     }  # fmt: skip
     return line | _published(new.mean, new.se, old.mean, old.se, new.n, 1.0)
 

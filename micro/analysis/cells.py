@@ -12,9 +12,9 @@ import numpy as np
 
 from micro.analysis.ablation_report import row_names
 from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
-from micro.analysis.ablation_statistics import Line
+from micro.analysis.ablation_statistics import EXACT_RECORDS, Line, sign_flip_p
 from micro.analysis.result import Result
-from micro.analysis.statistics import Array, benjamini_hochberg, permutation_p
+from micro.analysis.statistics import benjamini_hochberg, permutation_p
 from micro.analysis.suites import SHARE, Suite
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 RECORDS_PER_DOMAIN = 20  # of a cell map: L * E conditions are many
 RANDOM_DRAWS = 20
-EXACT_RECORDS = 14  # up to which all sign patterns are tried
-FLIPS = 50_000
-CHUNK = 1 << 22  # signs held at once
+FLIPS = 50_000  # many cells: the smallest p must survive the correction
 
 
 def few_per_domain(records: Sequence[Record], most: int = RECORDS_PER_DOMAIN) -> list[Record]:
@@ -44,38 +42,6 @@ def few_per_domain(records: Sequence[Record], most: int = RECORDS_PER_DOMAIN) ->
         if seen[domain] <= most:
             chosen.append(record)
     return chosen
-
-
-def sign_flip_p(differences: Array, *, draws: int = FLIPS, seed: int = 0) -> Array:
-    """Two-sided p of paired differences whose sum is 0 under the null: the signs of whole records are flipped
-    (Fisher 1935; all patterns up to 14 records, random ones above).
-
-    Args:
-        differences: ``[records, ...]``, one sum per record.
-        draws: random patterns.
-        seed: of the patterns.
-
-    Returns:
-        float64, the shape without the first axis; 1 where all differences are 0.
-    """
-    flat = np.asarray(differences, dtype=np.float64).reshape(len(differences), -1)
-    records = len(flat)
-    observed = np.abs(flat.sum(0))
-    bound = observed * (1 - 1e-12)
-    exact = records <= EXACT_RECORDS
-    total = 1 << records if exact else draws
-    generator = np.random.default_rng(seed)
-    count = np.zeros(flat.shape[1])
-    step = max(1, CHUNK // max(records, flat.shape[1], 1))
-    for start in range(0, total, step):
-        size = min(step, total - start)
-        if exact:
-            patterns = (np.arange(start, start + size)[:, None] >> np.arange(records)) & 1
-        else:
-            patterns = generator.integers(0, 2, size=(size, records))
-        count += (np.abs((2.0 * patterns - 1.0) @ flat) >= bound).sum(0)
-    p = count / total if exact else (1 + count) / (1 + total)
-    return np.asarray(p.reshape(np.shape(differences)[1:]))
 
 
 @dataclass
@@ -208,7 +174,7 @@ def cell_map(
 
 def _add_rows(report: CellReport, scores: Scores, names: Sequence[str], grid: tuple[int, int], seed: int) -> None:
     about, means = scores.traits, scores.means
-    p = sign_flip_p(np.moveaxis(scores.sums[1:] - scores.sums[:1], 0, 1), seed=seed)  # [cells, rows]
+    p = sign_flip_p(np.moveaxis(scores.sums[1:] - scores.sums[:1], 0, 1), draws=FLIPS, seed=seed)  # [cells, rows]
     for row in scores.shown():
         report.rows.append(names[row])
         report.rise.append((about.factor * (means[1:, row] - means[0, row])).reshape(grid).tolist())
