@@ -13,16 +13,17 @@ from micro.analysis.statistics import Array
 DRAWS_AT_ONCE = 64
 
 
-def blocks_of(folds: Sequence[Rows], groups: ArrayLike | None = None) -> list[list[Rows]]:
-    """The rows of each fold in contiguous blocks of about (length of the fold)^(1/3) rows that do not cross groups.
+def blocks_of(folds: Sequence[Rows], groups: ArrayLike | None = None, *, power: float = 1 / 3) -> list[list[Rows]]:
+    """The rows of each fold in contiguous blocks of about (length of the fold)^power rows that do not cross groups.
 
-    Neighbouring stimuli are not independent: blocks are resampled, not rows (Künsch 1989; the length is the usual rule
-    of thumb, Hall, Horowitz and Jing 1995).
+    Neighbouring stimuli are not independent: blocks are resampled, not rows (Künsch 1989). For intervals the power is
+    the usual one (Hall, Horowitz and Jing 1995); a null needs longer blocks, because what it breaks up looks more
+    independent than it is.
     """
     labels = None if groups is None else np.asarray(groups)
     out = []
     for rows in folds:
-        length = max(1, round(len(rows) ** (1 / 3)))
+        length = max(1, round(len(rows) ** power))
         runs = [rows]
         if labels is not None:
             runs = np.split(rows, np.flatnonzero(labels[rows][1:] != labels[rows][:-1]) + 1)

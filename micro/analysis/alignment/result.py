@@ -27,7 +27,7 @@ class AlignmentResult(Result):
     noise ceiling), ``null_95`` (95 % quantile of the score when blocks of responses are shuffled), ``p``, ``p_family``
     (against the best of all sets under each shuffling), and, where asked for, ``rsa``, ``topological_rsa`` and ``cka``
     with their nulls.
-    ``contrasts``: differences of groups of sets (expert vs expert, model vs model), paired over the same draws.
+    ``contrasts``: differences of groups of sets (expert vs expert, model vs model), over the same folds.
     ``networks``: score of each group in each network of voxels. ``random_units``: a set against others of its size.
     ``self_test``: per metric and target, the rank of a known layer when the responses are made of its noisy units.
     ``voxels``: r per set ``[v]`` over the included voxels, in ``alignment_voxels.npz``.

@@ -23,6 +23,7 @@ from micro.analysis.statistics import Array, interval, permutation_p
 from micro.progress import track
 
 METRICS = ("ridge", "rsa", "topological_rsa", "cka")
+NULL_POWER = 0.5  # shuffled blocks hold about √n rows
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -86,12 +87,13 @@ class _Data:
 
 @dataclass
 class Scored:
-    """One feature set: its entry in the result, and draws ``[draws, 2 + networks]`` for contrasts."""
+    """One feature set: its entry in the result, and what contrasts and networks need: ``[..., 2 + networks]``."""
 
     features: FeatureSet
     entry: dict[str, Any]
     point: Array  # [2 + networks]
     draws: Array
+    by_fold: Array
     r: Array  # [included]
     null: Array  # [permutations]
     self_test: dict[str, Array] = field(default_factory=dict)  # metric -> score per target
@@ -176,7 +178,7 @@ def _prepare(responses: Responses, stimuli: int, options: Options) -> _Data:
         raise ValueError(f"no voxel of {v} is left: " + ", ".join(f"{n} {why}" for why, n in excluded.items()))
     names = [] if responses.networks is None else np.array(responses.networks)[kept].tolist()
     networks = list(dict.fromkeys(names))
-    blocks = blocks_of(folds, responses.groups)
+    (shuffled,) = blocks_of([np.arange(n)], responses.groups, power=NULL_POWER)
     return _Data(
         y=responses.values[:, kept],
         ceiling=ceiling,
@@ -185,8 +187,8 @@ def _prepare(responses: Responses, stimuli: int, options: Options) -> _Data:
         members=np.array(networks)[:, None] == np.array(names)[None, :],
         groups=responses.groups,
         folds=folds,
-        weights=block_weights(blocks, n, options.draws, options.seed),
-        orders=list(block_orders(blocks, options.permutations, options.seed)),
+        weights=block_weights(blocks_of(folds, responses.groups), n, options.draws, options.seed),
+        orders=list(block_orders([shuffled], options.permutations, options.seed)),
         excluded=excluded,
     )
 
@@ -234,6 +236,7 @@ def _score(features: FeatureSet, data: _Data, options: Options, tests: _SelfTest
     both = encoder.score(np.concatenate([data.y, tests.columns], 1))  # one eigendecomposition for both
     r = both.r[:voxels]
     point = data.summaries(r[None])[0]
+    by_fold = data.summaries(both.by_fold[:, :voxels])
     draws = resampled_scores(both.predictions[:, :voxels], data.y, data.folds, data.weights, data.summaries)
     null = np.array([np.median(encoder.refit(data.y[order], both.lambdas[:, :voxels])) for order in data.orders])
     low, high = interval(draws)
@@ -253,7 +256,7 @@ def _score(features: FeatureSet, data: _Data, options: Options, tests: _SelfTest
         "p": float(permutation_p(point[0], null)),
         "lambdas": {f"{value:g}": int((both.lambdas[:, :voxels] == value).sum()) for value in options.lambdas},
     }
-    scored = Scored(features, entry, point, draws, r, null, {"ridge": tests.medians(both.r[voxels:])})
+    scored = Scored(features, entry, point, draws, by_fold, r, null, {"ridge": tests.medians(both.r[voxels:])})
     for metric in ("rsa", "topological_rsa"):
         if metric in (options.metrics or ()):
             _similarity(metric, scored, data, options, tests)
@@ -312,10 +315,10 @@ def _settings(responses: Responses, data: _Data, options: Options, reliability: 
         "lambdas": list(options.lambdas),
         "permutations": options.permutations,
         "draws": options.draws,
-        "interval": "95 %, contiguous blocks of stimuli resampled within folds; not over subjects",
+        "interval": "95 %, contiguous blocks of held-out stimuli resampled, predictions as they are; not over subjects",
+        "contrasts": "corrected t over folds, 95 % (Nadeau and Bengio 2003)",
         "null": "contiguous blocks of responses shuffled, penalties as chosen for the real ones",
         "family": "all sets; p from the highest score of any set under each shuffling (Westfall and Young 1993)",
-        "block_rows": float(np.mean([len(b) for fold in blocks_of(data.folds, data.groups) for b in fold])),
         "rank_quantiles": list(options.rank_quantiles),
         "self_test_reliability": reliability,
         "seed": options.seed,

@@ -6,6 +6,7 @@ import scipy.stats
 
 from micro.analysis import alignment as al
 from micro.analysis.alignment.ceiling import Ceiling
+from micro.analysis.alignment.contrasts import corrected_t
 from micro.analysis.alignment.resampling import block_orders, block_weights, blocks_of, resampled_scores
 from micro.analysis.alignment.rsa import ranks
 
@@ -217,13 +218,15 @@ def planted(experts=("logic", "social"), layers=3, n=90):
 
 def test_the_planted_expert_layer_and_network_are_found(tmp_path):
     sets, responses = planted()
-    result = al.align(sets, responses, controls={sets[1].name: [normal(90, 6, seed=70 + i) for i in range(9)]}, **QUICK)
+    result = al.align(
+        sets, responses, controls={sets[1].name: [normal(90, 6, seed=70 + i) for i in range(9)]}, **QUICK | {"folds": 5}
+    )
     best = max(result.sets, key=lambda entry: entry["score"])
     assert best["name"] == "logic, layer 1" and best["p"] == best["p_family"] == 0.05
     assert best["interval"][0] < best["score"] < best["interval"][1] and best["interval"][0] > best["null_95"]
     (contrast,) = result.contrasts
     assert (contrast["first"], contrast["second"]) == ("model: logic", "model: social")
-    assert contrast["interval"][0] > 0 and contrast["p_holm"] < 0.05
+    assert contrast["interval"][0] > 0 and contrast["p_holm"] == contrast["p"] < 0.05
     scores = {(row["expert"], row["network"]): row["score"] for row in result.networks}
     assert scores["logic", "a"] > 0.15 > max(scores["social", "a"], scores["logic", "b"])
     assert all(result.self_test_passed.values()) and len(result.self_test) == 4
@@ -236,6 +239,15 @@ def test_the_planted_expert_layer_and_network_are_found(tmp_path):
     assert again == result and np.allclose(again.voxels["logic, layer 1"], result.voxels["logic, layer 1"], atol=1e-6)
     assert (tmp_path / "alignment.csv").read_text().startswith("set,width,r,")
     assert again.plot().axes and "self-test, ridge: 6 of 6" in str(again)
+
+
+def test_the_corrected_t_test_counts_shared_training_data():
+    differences = np.array([0.1, 0.3, 0.2, 0.15])
+    mean, interval, p = corrected_t(differences)
+    inflated = scipy.stats.ttest_1samp(differences, 0).statistic / np.sqrt(1 + 4 / 3)  # 1/k + 1/(k-1) instead of 1/k
+    assert mean == pytest.approx(differences.mean()) and p == pytest.approx(2 * scipy.stats.t.sf(inflated, 3))
+    assert interval[0] == pytest.approx(mean - scipy.stats.t.ppf(0.975, 3) * mean / inflated)
+    assert corrected_t(np.zeros(4)) == (0, [0, 0], 1)
 
 
 def test_the_self_test_fails_where_sets_cannot_be_told_apart():
