@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CHANCE = "#c5221f"
 MOST_GROUPS = 12  # bars that fit into a figure; the table holds all
-NUMBERS_UP_TO = 8  # rows of a heat map that still has room for numbers
+NUMBERS_UP_TO = 8  # columns of a heat map that still has room for numbers
 
 
 def floats(values: Any) -> Any:
@@ -113,6 +113,22 @@ def _bars(ax: Axes, groups: list[dict[str, Any]], experts: list[str]) -> None:
     ax.set_xticks(range(len(groups)), [f"{_short(g['name'])}\nn = {g['samples']}" for g in groups], fontsize=8)
 
 
+def layer_maps_figure(report: RoutingReport) -> Figure:
+    """Layer x expert, a panel for each label (without labels: each group), on one scale."""
+    groups = report.by_label or sorted(report.by_group, key=lambda g: -g["samples"])[:MOST_GROUPS]
+    if not groups:
+        raise ValueError("layer_maps_figure: the report has neither groups nor labels")
+    order, layers = display_order(report.experts), len(report.usage_by_layer)
+    size = 0.6 + 0.75 * len(order)
+    figure, axes = new_figure(1.0 + size * len(groups), 1.6 + 0.2 * layers, len(groups), sharey=True)
+    names = [report.experts[e] for e in order]
+    for ax, group in zip(axes, groups, strict=True):
+        heat_map(ax, floats(group["by_layer"])[:, order], [str(l) for l in range(layers)], names, size=7)
+        ax.set_title(_short(group["name"]), fontsize=10)
+        ax.set(ylabel="layer" if ax is axes[0] else None)
+    return figure
+
+
 def _short(name: str, most: int = 16) -> str:
     """A name that fits under its bars."""
     line = " ".join(name.split())
@@ -145,21 +161,24 @@ def heat_map(
     limit: float = 1.0,
     signed: bool = False,
     starred: Any = None,
+    size: float = 9,
 ) -> None:
-    """Numbers as colours on one scale, written out where there is room. starred: bool, which get a star."""
+    """Numbers as colours on one scale, written out for up to eight columns. starred: bool, which get a star; size: of
+    letters.
+    """
     values = floats(values)
     colours = "RdBu_r" if signed else "Greys"
     ax.imshow(values, cmap=colours, vmin=-limit if signed else 0.0, vmax=limit, aspect="auto")
-    ax.set_xticks(range(len(columns)), columns, fontsize=9)
-    ax.set_yticks(range(len(rows)), rows, fontsize=9)
+    ax.set_xticks(range(len(columns)), columns, fontsize=size)
+    ax.set_yticks(range(len(rows)), rows, fontsize=size)
     ax.spines[:].set_visible(False)
-    if max(len(rows), len(columns)) > NUMBERS_UP_TO:
+    if len(columns) > NUMBERS_UP_TO:
         return
     for (r, c), value in np.ndenumerate(values):
         dark = abs(value) > 0.6 * limit
         shown = "" if np.isnan(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
         shown += "*" if starred is not None and starred[r, c] else ""
-        ax.text(c, r, shown, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        ax.text(c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 
 def agreement_figure(report: AgreementReport) -> Figure:

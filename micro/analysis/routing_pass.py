@@ -124,10 +124,14 @@ def _texts(kept: list[Any], drawn: list[int], tokenizer: Any, what: str) -> Samp
     rows, spans = [], {}
     for i, item in enumerate(kept):
         prompt, answer = ("", item) if isinstance(item, str) else item
-        ids = tokenizer(prompt + answer)["input_ids"]
-        first = len(tokenizer(prompt)["input_ids"]) - 1 if prompt else 0
+        encoding = tokenizer(prompt + answer, return_offsets_mapping=bool(prompt))
+        ids = encoding["input_ids"]
+        first = 0
+        if prompt:  # a token across the border belongs to the answer
+            ends = [s for s, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)]
+            first = max(ends[0] - 1, 0) if ends else len(ids)
         if len(ids) - 1 > first:
-            rows.append((i, _row(ids)))
+            rows.append((i, _row(list(ids))))
             spans[i] = (first, len(ids) - 1)
     if not rows:
         raise ValueError(f"{what}: every text has fewer than two tokens after its prompt")
@@ -213,7 +217,7 @@ class SampleCounts:
     choices of all K ranks; mass [N,L,E]: sum of probabilities; entropies [N,L]: sum of -sum p log p, nats;
     confusion [N,L,label,E]: first choices at labelled answer tokens (N is 0 where labels were not compared);
     transitions [L-1,E,E]: first choice in a layer and in the next; together [L,L]: slots with the same first choice in
-    both layers.
+    both layers; index [N]: place of the sample in the data that were given.
     """
 
     tokens: Array
@@ -224,11 +228,12 @@ class SampleCounts:
     confusion: Array
     transitions: Array
     together: Array
+    index: Array
 
     @classmethod
     def zeros(cls, samples: int, layers: int, experts: int, *, labelled: bool = False) -> SampleCounts:
         n, l, e, m = samples, layers, experts, samples if labelled else 0
-        shapes = ((n,), (n, l, e), (n, l, e), (n, l, e), (n, l), (m, l, e, e), (max(l - 1, 0), e, e), (l, l))
+        shapes = ((n,), (n, l, e), (n, l, e), (n, l, e), (n, l), (m, l, e, e), (max(l - 1, 0), e, e), (l, l), (n,))
         return cls(*(np.zeros(shape) for shape in shapes))
 
     def add(self, indices: Sequence[int], trace: RoutingTrace, counted: Tensor, labels: Tensor | None) -> None:

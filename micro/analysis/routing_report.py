@@ -275,6 +275,7 @@ def routing(
     config = model.config
     labelled = samples.labelled and config.num_experts == len(LABELS)
     counts = SampleCounts.zeros(len(samples.data), config.num_hidden_layers, config.num_experts, labelled=labelled)
+    counts.index[:] = samples.drawn
     passes = traces(model, samples, tokenizer, controls=controls, max_tokens=max_tokens, progress=progress)
     for indices, batch, trace, counted in passes:
         counts.add(indices, trace, counted, labels_of(batch))

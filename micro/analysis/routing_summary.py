@@ -51,10 +51,9 @@ def usage_numbers(counts: SampleCounts, k: int, draws: int, seed: int) -> dict[s
 def groups_of(counts: SampleCounts, groups: Sequence[str], k: int, draws: int, seed: int) -> list[dict[str, Any]]:
     """Usage of each group of samples over the counted layers, groups in alphabetical order."""
     shares = sample_shares(counts, k)
-    usage = shares[:, counted_layers(shares.shape[1])].mean(1)
     present = counts.tokens > 0
     names, tokens = np.asarray(groups)[present], counts.tokens[present]
-    return [_group(str(n), usage[names == n], tokens[names == n], draws, seed) for n in np.unique(names)]
+    return [_group(str(n), shares[names == n], tokens[names == n], draws, seed) for n in np.unique(names)]
 
 
 class _Numbers:
@@ -99,16 +98,18 @@ class _Numbers:
 
 
 def _group(name: str, shares: Array, tokens: Array, draws: int, seed: int) -> dict[str, Any]:
-    """Usage of a group of samples. shares: [N,E]."""
+    """Usage of a group of samples. shares: [N,L,E]."""
+    usage = shares[:, counted_layers(shares.shape[1])].mean(1)
     low, high = hierarchical_bootstrap(
-        [np.arange(len(shares))], lambda w: w @ shares / w.sum(1, keepdims=True), draws=draws, seed=seed
+        [np.arange(len(usage))], lambda w: w @ usage / w.sum(1, keepdims=True), draws=draws, seed=seed
     )
     return {
         "name": name,
         "samples": len(shares),
         "tokens": int(tokens.sum()),
-        "usage": plain(shares.mean(0)),
+        "usage": plain(usage.mean(0)),
         "interval": plain(np.stack([low, high], -1)),
+        "by_layer": plain(shares.mean(0)),
     }
 
 
@@ -154,6 +155,7 @@ def accuracy_numbers(counts: SampleCounts, experts: Sequence[str], draws: int, s
                 "tokens": tokens[label],
                 "usage": plain(by_label[label]),
                 "interval": plain(spread[label]),
+                "by_layer": plain(ratio(total[:, label], total[:, label].sum(-1, keepdims=True))),
             }
             for label in range(number)
             if tokens[label]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations_with_replacement
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from micro.analysis.batches import batches
 from micro.analysis.result import Result
 from micro.analysis.routing_pass import Samples, SentenceTokens, plain, sentence_samples
 from micro.analysis.statistics import Array, hierarchical_bootstrap
+from micro.files import write_text
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class SimilarityReport(Result):
         return cls(**content)
 
     def table(self) -> pd.DataFrame:
-        """One line per pair: mean over layers with interval, first and last layer."""
+        """One line per pair: mean over layers, with interval."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -62,9 +64,28 @@ class SimilarityReport(Result):
                 "cosine": self.mean,
                 "low": [low for low, _ in self.mean_interval],
                 "high": [high for _, high in self.mean_interval],
-                **{f"layer {l}": [row[l] for row in self.by_layer] for l in range(len(self.by_layer[0]))},
             }
         )
+
+    def layer_table(self) -> pd.DataFrame:
+        """One line per layer and pair."""
+        import pandas as pd
+
+        lines = [
+            {"layer": l, "first": first, "second": second, "cosine": cosine, "low": low, "high": high}
+            for (first, second), row, bounds in zip(self.pairs, self.by_layer, self.by_layer_interval, strict=True)
+            for l, (cosine, (low, high)) in enumerate(zip(row, bounds, strict=True))
+        ]
+        return pd.DataFrame(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """``similarity.json`` and ``.csv``, and ``similarity_layers.csv``."""
+        super().save(folder)
+        write_text(Path(folder) / "similarity_layers.csv", self.layer_table().to_csv(index=False))
+
+    def __str__(self) -> str:
+        counts = f"{self.sentences} sentences, {self.tokens} tokens, mean over {len(self.by_layer[0])} layers"
+        return f"{super().__str__()}\n{counts}"
 
     def plot(self) -> Figure:
         from micro.analysis.routing_figures import similarity_figure

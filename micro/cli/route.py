@@ -126,7 +126,7 @@ def _usage(
     run: _Run, inputs: list[Any], groups: list[str] | None, given: dict[str, Any], samples: int, positions: Any
 ) -> None:
     from micro.analysis import routing
-    from micro.analysis.routing_figures import flow_figure, groups_figure, layers_figure
+    from micro.analysis.routing_figures import flow_figure, groups_figure, layer_maps_figure, layers_figure
 
     report = routing(
         run.model,
@@ -151,6 +151,7 @@ def _usage(
     if report.by_group or report.by_label:
         caption = f"{what}, by group of samples and by label of answer tokens. {rule} {slots}"
         figures["routing_groups"] = (groups_figure(report), caption)
+        figures["routing_maps"] = (layer_maps_figure(report), f"{what}, by layer. {slots}")
     figures["routing_flow"] = (flow_figure(report), f"How slots move through the layers. {slots}")
     run.page.section("Usage")
     run.page.text(f"Usage is not importance: only ablations say what an expert does. The summary: {rule}", quiet=True)

@@ -47,7 +47,7 @@ def test_all_parts_write_numbers_figures_and_one_page(folders, tmp_path, capsys)
         for suffix in ("json", "csv", "png", "svg"):
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 0, name
         assert json.loads((tmp_path / f"{name}.json").read_text())["settings"]["model"].endswith("step0")
-    for figure in ("routing_layers", "routing_groups", "routing_flow"):
+    for figure in ("routing_layers", "routing_groups", "routing_maps", "routing_flow"):
         assert (tmp_path / f"{figure}.png").is_file()
     page = (tmp_path / "routing.html").read_text()
     for heading in ("Usage", "Agreement of checkpoints", "Similarity", "Selectivity", "Tokens"):

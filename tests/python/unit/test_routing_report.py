@@ -146,6 +146,7 @@ def test_accuracy_is_balanced_and_ranked_among_relabellings():
     assert numbers["accuracy"] == 1 and numbers["relabelling_p"] == 1 / 24
     one = accuracy_numbers(counts_of(np.zeros((2, 1, 6), int), labels=labels), NAMES, 50, 0)
     assert one["accuracy"] == 0.25 and one["relabelling_p"] == 1  # a constant router is as good under any assignment
+    assert one["by_label"][0].pop("by_layer") == [[1, 0, 0, 0]] * 2
     assert one["by_label"][0] == {
         "name": "logic", "samples": 1, "tokens": 3, "usage": [1, 0, 0, 0], "interval": [[1, 1], [0, 0], [0, 0], [0, 0]],
     }  # fmt: skip
@@ -206,6 +207,8 @@ def test_at_most_so_many_samples_are_drawn_and_the_draw_is_fixed(tokenizer):
     first, second = (drawn_samples(texts, tokenizer, what="t", max_samples=9).drawn for _ in range(2))
     assert first == second == sorted(set(first)) and len(first) == 9 and max(first) > 9
     assert drawn_samples(texts, tokenizer, what="t", max_samples=9, sample_seed=1).drawn != first
+    with pytest.raises(ValueError, match="fewer than two tokens after its prompt"):
+        drawn_samples([("all of it", "")], tokenizer, what="t")
     assert len(drawn_samples(texts, tokenizer, what="t").drawn) == 50
 
 
@@ -263,12 +266,15 @@ def test_labels_of_four_experts_are_not_compared_with_two(tokenizer):
 
 @pytest.mark.filterwarnings("error")
 def test_figures_fit_their_pages(model, tokenizer, tmp_path):
-    from micro.analysis.routing_figures import flow_figure, groups_figure, layers_figure
+    from micro.analysis.routing_figures import flow_figure, groups_figure, layer_maps_figure, layers_figure
 
     report = routing(
         model, tokenizer, [RECORD, RECORD], groups=["a name that is much too long for a bar", "b"], draws=20
     )
-    for i, figure in enumerate((report.plot(), layers_figure(report), groups_figure(report), flow_figure(report))):
+    drawn = (report.plot(), *(f(report) for f in (layers_figure, groups_figure, layer_maps_figure, flow_figure)))
+    for i, figure in enumerate(drawn):
         figure.savefig(tmp_path / f"{i}.png")
-    with pytest.raises(ValueError, match="neither groups nor labels"):
-        groups_figure(routing(model, tokenizer, ["The sum of 12 and 7."], draws=20))
+    bare = routing(model, tokenizer, ["The sum of 12 and 7."], draws=20)
+    for figure in (groups_figure, layer_maps_figure):
+        with pytest.raises(ValueError, match="neither groups nor labels"):
+            figure(bare)

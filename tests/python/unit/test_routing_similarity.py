@@ -76,6 +76,7 @@ def test_six_pairs_then_the_ceilings(tokenizer, tmp_path):
     report.save(tmp_path)
     assert SimilarityReport.load(tmp_path) == report
     assert len(report.plot().axes) == 1
+    assert len(report.layer_table()) == 20 and (tmp_path / "similarity_layers.csv").is_file()
 
 
 def test_only_the_sentence_counts(tokenizer):
