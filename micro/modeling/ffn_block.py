@@ -85,11 +85,12 @@ class MiCRoFFNLayer(GradientCheckpointingLayer):
         if call.fused and (done := self.fused.run(self, hidden, bias, call, controls)) is not None:
             return result(*done, controls)
         x, hooks = hidden.reshape(-1, hidden.shape[-1]), controls.hooks
+        seen = () if hooks is None else (hooks,)  # a module put in the place of attention need not know of hooks
         if self.olmo:
-            a = self.post_attention_layernorm(self.self_attn(x, call, hooks))
+            a = self.post_attention_layernorm(self.self_attn(x, call, *seen))
             u = n = jitter(x + (a if hooks is None else hooks.tokens("attention", a)), controls)
         else:
-            a = self.self_attn(self.input_layernorm(x), call, hooks)
+            a = self.self_attn(self.input_layernorm(x), call, *seen)
             u = x + (a if hooks is None else hooks.tokens("attention", a))
             n = jitter(self.post_attention_layernorm(u), controls)
         raw, routing = decide(self.router, n, bias, call, controls)
