@@ -11,53 +11,58 @@ namespace micro_kernels::cuda {
 
 inline constexpr int64_t kMostValueRows = 64;  // that blocks of their own add up
 
-// What a row of x meets: which columns, and which row of values.
+// What a row of x meets: the columns of its expert, and its row of values.
+template <class T>
 struct ChangedRow {
   bool touched;
-  int64_t expert, value;
+  int64_t number = 0;             // of the row of values
+  const bool* columns = nullptr;  // [width]; nullptr: all
+  const T* values = nullptr;      // [width], or one for all columns
+  bool one = false;
 
-  __device__ ChangedRow(const InterveneParams& p, int64_t row)
-      : touched(!p.touched || load(p.touched + row)), expert(0), value(0) {
+  __device__ ChangedRow(const InterveneParams& p, int64_t row) : touched(!p.touched || load(p.touched + row)) {
     if (!touched) return;
-    expert = p.expert ? load(p.expert + row) : 0;
+    const int64_t expert = p.expert ? load(p.expert + row) : 0;
     require(!p.columns || (expert >= 0 && expert < p.experts));
+    if (p.columns) columns = p.columns + expert * p.width;
     if (p.change == Change::kZero) return;
-    value = p.index ? load(p.index + row) : p.value_rows == 1 ? 0 : expert;
-    require(value >= 0 && value < p.value_rows);
+    number = p.index ? load(p.index + row) : p.value_rows == 1 ? 0 : expert;
+    require(number >= 0 && number < p.value_rows);
+    values = static_cast<const T*>(p.value) + number * p.value_width;
+    one = p.value_width == 1;
   }
-  __device__ bool names(const InterveneParams& p, int64_t column) const {
-    return touched && (!p.columns || load(p.columns + expert * p.width + column));
-  }
-  template <class T>
-  __device__ accumulator_t<T> at(const InterveneParams& p, int64_t column) const {
-    const int64_t place = value * p.value_width + (p.value_width == 1 ? 0 : column);
-    return static_cast<accumulator_t<T>>(load(static_cast<const T*>(p.value) + place));
+  __device__ bool names(int64_t column) const { return touched && (!columns || load(columns + column)); }
+  __device__ accumulator_t<T> at(int64_t column) const {
+    return static_cast<accumulator_t<T>>(load(values + (one ? 0 : column)));
   }
 };
+
+template <class T>
+__device__ __forceinline__ T changed_element(Change change, T x, accumulator_t<T> value) {
+  using Acc = accumulator_t<T>;
+  if (change == Change::kScale) return T(static_cast<Acc>(x) * value);
+  if (change == Change::kShift) return T(static_cast<Acc>(x) + value);
+  return T(value);
+}
 
 template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads) intervene_kernel(InterveneParams p) {
   using Acc = accumulator_t<T>;
   const Piece<N> piece;
   if (piece.row >= p.rows) return;
-  const ChangedRow row(p, piece.row);
+  const ChangedRow<T> row(p, piece.row);
+  const T* x = static_cast<const T*>(p.x) + piece.row * p.width;
+  T* y = static_cast<T*>(p.y) + piece.row * p.width;
+#pragma unroll 1
   for (int i = 0; i < kPieceVectors; ++i) {
-    if (piece.column(i) >= p.width) continue;
-    const int64_t at = piece.row * p.width + piece.column(i);
-    Vec<T, N> values = load_vec<N>(static_cast<const T*>(p.x) + at);
+    const int64_t first = piece.column(i);
+    if (first >= p.width) break;
+    Vec<T, N> values = load_vec<N>(x + first);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int64_t column = piece.column(i) + j;
-      if (!row.names(p, column)) continue;
-      const Acc value = p.change == Change::kZero ? Acc(0) : row.at<T>(p, column);
-      if (p.change == Change::kScale)
-        values[j] = T(static_cast<Acc>(values[j]) * value);
-      else if (p.change == Change::kShift)
-        values[j] = T(static_cast<Acc>(values[j]) + value);
-      else
-        values[j] = T(value);
-    }
-    store_vec<N>(static_cast<T*>(p.y) + at, values);
+    for (int j = 0; j < N; ++j)
+      if (row.names(first + j))
+        values[j] = changed_element(p.change, values[j], row.values ? row.at(first + j) : Acc(0));
+    store_vec<N>(y + first, values);
   }
 }
 
@@ -67,19 +72,20 @@ __global__ void __launch_bounds__(kRowThreads) intervene_backward_kernel(Interve
   const InterveneParams& p = b.forward;
   const Piece<N> piece;
   if (piece.row >= p.rows) return;
-  const ChangedRow row(p, piece.row);
+  const ChangedRow<T> row(p, piece.row);
+  const T* grad_y = static_cast<const T*>(b.grad_y) + piece.row * p.width;
+  T* grad_x = static_cast<T*>(b.grad_x) + piece.row * p.width;
+  const bool scale = p.change == Change::kScale;
+#pragma unroll 1
   for (int i = 0; i < kPieceVectors; ++i) {
-    if (piece.column(i) >= p.width) continue;
-    const int64_t at = piece.row * p.width + piece.column(i);
-    Vec<T, N> grad = load_vec<N>(static_cast<const T*>(b.grad_y) + at);
+    const int64_t first = piece.column(i);
+    if (first >= p.width) break;
+    Vec<T, N> grad = load_vec<N>(grad_y + first);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int64_t column = piece.column(i) + j;
-      if (p.change == Change::kShift || !row.names(p, column)) continue;
-      const Acc factor = p.change == Change::kScale ? row.at<T>(p, column) : Acc(0);
-      grad[j] = p.change == Change::kScale ? T(static_cast<Acc>(grad[j]) * factor) : T(Acc(0));
-    }
-    store_vec<N>(static_cast<T*>(b.grad_x) + at, grad);
+    for (int j = 0; j < N; ++j)
+      if (p.change != Change::kShift && row.names(first + j))
+        grad[j] = scale ? T(static_cast<Acc>(grad[j]) * row.at(first + j)) : T(Acc(0));
+    store_vec<N>(grad_x + first, grad);
   }
 }
 
@@ -90,8 +96,8 @@ __device__ __forceinline__ accumulator_t<T> value_gradient(const InterveneBackwa
   using Acc = accumulator_t<T>;
   const int64_t at = row * b.forward.width + column;
   const Acc grad = static_cast<Acc>(load(static_cast<const T*>(b.grad_y) + at));
-  return b.forward.change == Change::kScale ? grad * static_cast<Acc>(load(static_cast<const T*>(b.forward.x) + at))
-                                            : grad;
+  if (b.forward.change != Change::kScale) return grad;
+  return grad * static_cast<Acc>(load(static_cast<const T*>(b.forward.x) + at));
 }
 
 template <class Acc>
@@ -108,9 +114,10 @@ __global__ void __launch_bounds__(kRowThreads) intervene_value_kernel(InterveneB
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
   Acc sum = 0;
+#pragma unroll 1
   for (int64_t n = warp; n < p.rows; n += kRowWarps) {
-    const ChangedRow row(p, n);
-    if (row.touched && row.value == blockIdx.y && column < p.width && row.names(p, column))
+    const ChangedRow<T> row(p, n);
+    if (row.touched && row.number == blockIdx.y && column < p.width && row.names(column))
       sum += value_gradient<T>(b, n, column);
   }
   memory.sums.store(static_cast<int>(threadIdx.x), sum);
@@ -130,10 +137,11 @@ __global__ void __launch_bounds__(kRowThreads) intervene_source_kernel(Intervene
   if (column >= p.width) return;
   Acc* sums = static_cast<Acc*>(b.grad_value) + column;
   for (int64_t r = 0; r < p.value_rows; ++r) store(sums + r * p.width, Acc(0));
+#pragma unroll 1
   for (int64_t n = 0; n < p.rows; ++n) {
-    const ChangedRow row(p, n);
-    if (!row.names(p, column)) continue;
-    Acc* sum = sums + row.value * p.width;
+    const ChangedRow<T> row(p, n);
+    if (!row.names(column)) continue;
+    Acc* sum = sums + row.number * p.width;
     store(sum, load(static_cast<const Acc*>(sum)) + value_gradient<T>(b, n, column));
   }
 }

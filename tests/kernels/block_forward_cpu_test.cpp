@@ -114,6 +114,40 @@ TEST(BlockForward, GivenRowsNeedNoRouter) {
   EXPECT_TRUE(same_bits(with.y, without.y));
 }
 
+// Looking at a point changes no bit, whichever the others are; what is changed there is felt.
+TYPED_TEST(BlockForward, ShownRowsAreTheLayersOwn) {
+  constexpr int kPoints = 7;
+  const auto x = random_values<TypeParam>(6 * kHidden, 12, 1);
+  for (const bool whole : {true, false})
+    for (const bool post : {true, false})
+      for (const int64_t k : {1, 2}) {
+        const Weights<TypeParam> w(whole, post);
+        Call<TypeParam> plain(w, x, 2, 0, k, 3);
+        ASSERT_EQ(run(plain.params(nullptr, nullptr)), Status::kOk);
+        for (uint32_t points = 1; points < 1u << kPoints; ++points) {
+          if ((points & (points - 1)) && points != (1u << kPoints) - 1 && points % 5 != 0) continue;
+          Call<TypeParam> call(w, x, 2, 0, k, 3);
+          uint32_t met = 0;
+          bool sizes = true, changes = false;
+          BlockHooks hooks{points, [&](const BlockRows& rows) {
+                             met |= 1u << static_cast<int>(rows.point);
+                             sizes = sizes && rows.count == (rows.experts ? 6 * k : 6);
+                             if (changes) std::memset(rows.rows, 0, sizeof(TypeParam) * rows.count * rows.width);
+                             return Status::kOk;
+                           }};
+          BlockForwardParams p = call.params(nullptr, nullptr);
+          p.hooks = &hooks;
+          ASSERT_EQ(run(p), Status::kOk);
+          EXPECT_EQ(met, points);
+          EXPECT_TRUE(sizes);
+          expect_same(call, plain);
+          changes = true;
+          ASSERT_EQ(run(p), Status::kOk);
+          EXPECT_FALSE(same_bits(points == 1 ? call.raw : call.y, points == 1 ? plain.raw : plain.y)) << points;
+        }
+      }
+}
+
 TYPED_TEST(BlockForward, NoCacheIsAFreshCache) {
   const auto x = random_values<TypeParam>(2 * 5 * kHidden, 10, 1);
   for (const bool whole : {true, false})

@@ -443,7 +443,9 @@ TEST(LayerCalls, WhatCudaRefuses) {
   const Cache<float> cache(layer.sizes, false);
   Call<float> call(layer, in, 0, kSlots);
   cache.use(call.p);
-  BlockForwardParams late = call.p, packed = call.p, scattered = call.p, rounded = call.p;
+  BlockForwardParams late = call.p, packed = call.p, scattered = call.p, rounded = call.p, shown = call.p;
+  const BlockHooks hooks;
+  shown.hooks = &hooks;
   late.cache.x = call.x.data();
   std::vector<Matrix> other = layer.gate;
   other[1].format = WeightFormat::kPacked;
@@ -452,7 +454,8 @@ TEST(LayerCalls, WhatCudaRefuses) {
   apart[1] = layer.gate[0];
   scattered.weights.gate = apart.data();
   rounded.shape.rounding = GainRounding::kAfterGain;
-  for (const BlockForwardParams* p : {&late, &packed, &scattered, &rounded}) EXPECT_EQ(run(*p), Status::kUnsupported);
+  for (const BlockForwardParams* p : {&late, &packed, &scattered, &rounded, &shown})
+    EXPECT_EQ(run(*p), Status::kUnsupported);
 }
 #endif
 
