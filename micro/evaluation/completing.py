@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from micro.errors import choices
+from micro.interventions.session import active
 
 if TYPE_CHECKING:
     from micro.modeling import MiCRoForCausalLM
@@ -40,14 +41,15 @@ class Sampling:
 
 
 class Completer:
-    """Continues prompts under steering. With equal seeds a row's answer does not depend on the rows beside it.
+    """Continues prompts under steering. With the engine, a row's answer does not depend on the rows beside it.
 
     Args:
         model: a MiCRo model.
         tokenizer: of the model.
         controls: steering arguments of every call.
-        engine: use the C++ engine (which is packed on first use); default: where the model is on the CPU. On another
-            device ``model.generate`` draws from torch's generator, and rows beside each other share it.
+        engine: use the C++ engine, which is packed here; default: where the model is on the CPU. Inside
+            ``model.intervene`` the model itself is used. ``model.generate`` draws from torch's generator, which rows
+            beside each other share.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Completer:
     ) -> list[str]:
         """Texts behind the prompts (ids), each cut before the first stop string in it."""
         watch = _Watch(self.tokenizer, until, len(prompts))
-        if self._engine is not None:
+        if self._engine is not None and active(self.model.model) is None:
             tokens = self._with_engine(prompts, sampling, seeds, watch)
         else:
             tokens = self._with_model(prompts, sampling, seeds, watch)

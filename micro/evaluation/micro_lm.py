@@ -49,7 +49,8 @@ class MiCRoLM(TemplateLM):  # type: ignore[misc]
         max_tokens: slots of a batch of candidates.
         max_length: tokens of prompt and answer together; default the model's. Longer prompts lose their beginning.
         max_gen_toks: longest answer where a task does not say.
-        engine: generate with the C++ engine; default: where the model is on the CPU.
+        engine: generate with the C++ engine; default: where the model is on the CPU. It is packed from the weights
+            at the first answer, and knows nothing of torch hooks; inside ``model.intervene`` the model itself writes.
         add_bos_token: as in the harness: whether texts begin with BOS; default the tokenizer's habit.
         dtype, device: of the model that is loaded.
         progress: show bars on stderr.
@@ -95,7 +96,7 @@ class MiCRoLM(TemplateLM):  # type: ignore[misc]
             "ablate": experts(ablate),
             "keep": experts(keep),
             "bias": biases(bias),
-            "force": force or None,
+            "force": None if force == "" else force,
             "experts_per_token": None if experts_per_token is None else int(experts_per_token),
         }
         self.controls = {name: value for name, value in given.items() if value is not None}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import small_config
 
+from micro import interventions
 from micro.cli import main as cli
 from micro.modeling import MiCRoForCausalLM
 from micro.testing import tiny_tokenizer
@@ -176,6 +177,20 @@ def test_steering_changes_scores_and_answers(model, tokenizer):
     assert scores[0] != scores[1]
     answers = [lm.generate_until(requests("generate_until", GENERATE), disable_tqdm=True) for lm in (free, steered)]
     assert answers[0] != answers[1]
+
+
+def test_an_expert_may_be_called_by_its_index(model, tokenizer):
+    assert MiCRoLM(model, tokenizer, force=0, ablate=[2]).controls == {"force": 0, "ablate": [2]}
+
+
+def test_interventions_reach_answers_too(model, tokenizer):
+    given = requests("generate_until", GENERATE[:1])
+    lm = MiCRoLM(model, tokenizer, progress=False)
+    free = lm.generate_until(given, disable_tqdm=True)
+    with model.intervene(interventions.zero("ffn")):
+        lesioned = lm.generate_until(given, disable_tqdm=True)
+    assert lesioned != free
+    assert lm.generate_until(given, disable_tqdm=True) == free
 
 
 def test_model_arguments_as_text(folder):
