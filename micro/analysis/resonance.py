@@ -134,7 +134,11 @@ class ResonanceReport(Result):
         if self.top is None:
             return shown
         top = self.top
-        random = f"{top['random_a']:+.3f} (lowest {top['random_a_low']:+.3f})" if top["draws"] else "none drawn"
+        random = (
+            f"{top['random_a']:+.3f} (lowest {top['random_a_low']:+.3f}), p = {top['p']:.3f}"
+            if top["draws"]
+            else "none drawn"
+        )
         cells = ", ".join(f"{l} {self.experts[e]}" for l, e in top["cells"])
         return f"{shown}\nsuppressed together ({cells}): A {top['a']:+.3f}, B {top['b']:+.3f}; random cells: A {random}"
 

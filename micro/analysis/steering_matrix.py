@@ -161,6 +161,8 @@ def steering_matrix(
     ablated = {name: list(experts) for name, experts in (sets or steering_sets(model.config)).items()}
     if not ablated or UNSTEERED in ablated:
         raise ValueError(f"sets must name at least one set, and none {UNSTEERED!r}; got {list(ablated)}")
+    if clash := [name for name in ("ablate", "keep") if (controls or {}).get(name) is not None]:
+        raise ValueError(f"controls: {clash[0]} is what the sets are for; give it in sets")
     random = _random_sets(model.config, ablated, random_sets, seed)
     conditions = [None, *ablated.values(), *(drawn for size in random.values() for drawn in size)]
     given = [{**(controls or {}), **({"ablate": c} if c else {})} for c in conditions]

@@ -195,6 +195,8 @@ def test_bad_sets_are_refused(tokenizer, records):
         steering_matrix(model, PlantedSuite(0), {"x": ["maths"]})
     with pytest.raises(ValueError, match="none 'unsteered'"):
         steering_matrix(model, PlantedSuite(0), {"unsteered": []})
+    with pytest.raises(ValueError, match="controls: keep is what the sets are for"):
+        steering_matrix(model, PlantedSuite(0), controls={"keep": "logic"})
     other = PlantedSuite(0)
     other.unit = "share correct"
     with pytest.raises(ValueError, match="different units"):
