@@ -123,7 +123,7 @@ def attribution(
     shifts: int = 199,
     token_limit: int = 4096,
     encode_options: dict[str, Any] | None = None,
-    max_tokens: int = 1024,
+    max_tokens: int = 512,
     seed: int = 0,
     progress: bool = False,
 ) -> AttributionReport:
@@ -149,7 +149,7 @@ def attribution(
     rows = input_rows(data, tokenizer, "attribution", encode_options=encode_options)
     splitter = Splitter(model, random_readers=random_readers, seed=seed)
     parts: list[RouterSplit] = []
-    random: list[Tensor] = []
+    real, random = _Shares(), _Shares()
     work = list(batches(rows, tokenizer, max_tokens=max_tokens))
     for _, batch in track(work, "attribution", unit="batches", enabled=progress):
         wanted = counted(batch, positions)
@@ -157,7 +157,9 @@ def attribution(
             continue
         split, control = splitter.run(batch["input_ids"], batch["attention_mask"], wanted, controls or {})
         parts.append(split)
-        random.append(control)
+        real.add(torch.cat([split.embedding[None], split.writes.sum(3).flatten(0, 1)])[None])
+        if random_readers:
+            random.add(control)
         if sum(len(part.row) for part in parts) >= token_limit:
             break
     split = RouterSplit.cat(parts)
@@ -166,29 +168,44 @@ def attribution(
         "positions": positions, "random_readers": random_readers, "shifts": shifts, "seed": seed,
         "token_limit": token_limit, "p": "two-sided, circular shifts of the choices within rows",
     }  # fmt: skip
-    return _report(split, torch.cat(random, 2), list(model.config.expert_names or ()), settings)
+    null = random.result()[1] if random_readers else None
+    return _report(split, real.result(), null, list(model.config.expert_names or ()), settings)
 
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
-def _shares(parts: Tensor) -> tuple[Array, Array]:
-    """Influence and share of writers: parts [W,T,L,E] -> [L,W] each."""
-    parts = _centred(parts)
-    parts = parts - parts.mean(1, keepdim=True)
-    logit = parts.sum(0)
-    total = logit.square().mean((0, 2))  # [L]
-    influence = parts.square().mean((1, 3)).T
-    share = (parts * logit).mean((1, 3)).T / total.clamp(min=1e-300)[:, None]
-    return influence.cpu().numpy(), share.cpu().numpy()
+class _Shares:
+    """Streaming variances of parts and their covariances with the logit."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.sums: list[Tensor] = []  # of p, p^2 and p z, [D,W,L,E]
+
+    def add(self, parts: Tensor) -> None:
+        """Take in [D,W,T,L,E]."""
+        parts = _centred(parts)
+        logit = parts.sum(1, keepdim=True)
+        new = [parts.sum(2), parts.square().sum(2), (parts * logit).sum(2)]
+        self.sums = [old + one for old, one in zip(self.sums, new, strict=True)] if self.sums else new
+        self.tokens += parts.shape[2]
+
+    def result(self) -> tuple[Array, Array]:
+        """Influence and share, [D,L,W] each."""
+        mean, square, product = (total / self.tokens for total in self.sums)
+        influence = (square - mean.square()).clamp(min=0).mean(-1)
+        covariance = (product - mean * mean.sum(1, keepdim=True)).mean(-1)
+        share = covariance / covariance.sum(1, keepdim=True).clamp(min=1e-300)
+        return influence.transpose(1, 2).cpu().numpy(), share.transpose(1, 2).cpu().numpy()
 
 
-def _report(split: RouterSplit, random: Tensor, experts: list[str], settings: dict[str, Any]) -> AttributionReport:
+def _report(
+    split: RouterSplit, found: tuple[Array, Array], null: Array | None, experts: list[str], settings: dict[str, Any]
+) -> AttributionReport:
     layers = split.logits.shape[1]
-    together = torch.cat([split.embedding[None], split.writes.sum(3).flatten(0, 1)])
-    influence, share = _shares(together)
-    null = np.stack([_shares(one)[1] for one in random]) if len(random) else np.full((1, *share.shape), np.nan)
+    influence, share = (values[0] for values in found)
+    null = np.full((1, *share.shape), np.nan) if null is None else null
     effect, p, rate = entanglement(split, len(experts), settings["shifts"], settings["seed"])
     return AttributionReport(
         experts=experts,

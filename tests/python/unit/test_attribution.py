@@ -168,6 +168,19 @@ def test_a_report_is_saved_loaded_and_drawn(tmp_path):
     assert report.table().share.groupby(report.table().layer).sum().tolist() == pytest.approx([1, 1, 1])
 
 
+def test_shares_do_not_depend_on_batches():
+    model, given = small_model(num_hidden_layers=3), texts(9)
+    runs = [attribution(model, Letters(), given, max_tokens=n, shifts=0, random_readers=2) for n in (24, 1000)]
+    for field in ("influence", "share", "share_random_high", "entanglement"):
+        one, other = (np.array(getattr(run, field), dtype=float) for run in runs)
+        assert one == pytest.approx(other, abs=1e-9, nan_ok=True)
+    split = router_split(model, torch.tensor([Letters()(t)["input_ids"] for t in given]))
+    keep = split.slot < 23
+    parts = torch.cat([split.embedding[None], split.writes.sum(3).flatten(0, 1)])[:, keep]
+    parts = parts - parts.mean(-1, keepdim=True)
+    assert np.array(runs[0].influence) == pytest.approx(parts.var(1, correction=0).mean(-1).T.numpy(), abs=1e-9)
+
+
 def test_what_is_left_out_and_refused():
     model = small_model()
     few = attribution(model, Letters(), texts(8), token_limit=30, max_tokens=48, shifts=0, random_readers=0)
