@@ -273,6 +273,7 @@ def score(
         for s, group in _groups(wanted, suites, conditions):
             made = runner.scores(suites[s], [conditions[c] for c in group])
             for c, scores in zip(group, made, strict=True):
+                _check_shapes(suites[s], conditions[c], scores)
                 store.put(keys[s][c], scores)
             if not done and len(wanted) > len(group):
                 left = (time.monotonic() - start) / len(group) * (len(wanted) - len(group))
@@ -326,19 +327,22 @@ class _Runner:
         return self._routes[1]
 
 
+def _check_shapes(suite: Suite, condition: Condition, scores: tuple[Array, Array]) -> None:
+    got, shape = [list(np.shape(part)) for part in scores], [suite.records, len(suite.names)]
+    if got != [shape, shape]:
+        raise ValueError(
+            f"suite {traits(suite).task!r}: score() gave arrays of shapes {got} under {condition.name!r}, expected "
+            f"sums and counts [records, rows] = {shape}"
+        )
+
+
 def _collected(
     model: Any, suite: Suite, conditions: list[Condition], scores: Sequence[tuple[Array, Array] | None]
 ) -> Scores:
     known = [one for one in scores if one is not None]
     counts = np.asarray(known[0][1], dtype=np.float64)
     about = traits(suite, model)
-    shape = (suite.records, len(suite.names))
-    for condition, (sums, own) in zip(conditions, known, strict=True):
-        if np.shape(sums) != shape or np.shape(own) != shape:
-            raise ValueError(
-                f"suite {about.task!r}: score() gave {list(np.shape(sums))} and {list(np.shape(own))} under "
-                f"{condition.name!r}, expected [records, rows] = {list(shape)} twice"
-            )
+    for condition, (_, own) in zip(conditions, known, strict=True):
         if not np.array_equal(own, counts):
             raise ValueError(
                 f"suite {about.task!r}: the number of items differs between {conditions[0].name!r} and "

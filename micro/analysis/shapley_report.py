@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from micro.analysis.result import Result
 from micro.analysis.shapley import MOST_PLAYERS, interactions, members, shapley_values
 from micro.analysis.statistics import Array, interval
 from micro.analysis.suites import SHARE, Suite
+from micro.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +93,11 @@ class ShapleyReport(Result):
             for j in range(i + 1, len(self.experts))
         ]  # fmt: skip
         return pd.DataFrame(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write shapley.json, shapley.csv and shapley_interactions.csv."""
+        super().save(folder)
+        write_text(Path(folder) / f"{self.name}_interactions.csv", self.interaction_table().to_csv(index=False))
 
     def plot(self) -> Figure:
         """Values with intervals, one panel per row."""

@@ -335,9 +335,12 @@ def test_the_command_writes_every_report(model, tokenizer, records, tmp_path, ca
     assert list(printed) == ["ablation", "shapley", "routing_compensation"]
     assert len(printed["ablation"]["conditions"]) == 15
     assert drawn == ["ablation", "ablation_bars", "shapley", "routing_compensation"]
-    assert {p.name for p in out.iterdir()} == {"scores", "ablation_tests.csv", "ablation_best.csv"} | {
-        f"{name}.{suffix}" for name in printed for suffix in ("json", "csv")
-    }
+    assert {p.name for p in out.iterdir()} == {
+        "scores",
+        "ablation_tests.csv",
+        "ablation_best.csv",
+        "shapley_interactions.csv",
+    } | {f"{name}.{suffix}" for name in printed for suffix in ("json", "csv")}
     assert cli.run([*arguments, "--cells", "--validation", str(file)]) == 0
     shown = capsys.readouterr()
     assert "cells with q <= 0.05" in shown.out and "validation" in shown.out and drawn[-1] == "cells"

@@ -265,6 +265,23 @@ def test_items_that_change_with_the_condition_are_refused():
         analysis.ablation(model(), suite)
 
 
+def test_scores_of_another_shape_are_refused_and_not_kept(tmp_path):
+    suite = Planted(loss, names=["a", "b"], fingerprint="v1")
+    original, suite.names = suite.score, ["a"]
+
+    def wide(model, controls):
+        suite.names = ["a", "b"]
+        try:
+            return original(model, controls)
+        finally:
+            suite.names = ["a"]
+
+    suite.score = wide
+    with pytest.raises(ValueError, match=r"under 'none', expected .* = \[10, 1\]"):
+        analysis.ablation(model(), suite, store=ScoreStore(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_control_that_conditions_set_is_refused():
     with pytest.raises(ValueError, match="controls: ablate"):
         analysis.ablation(model(), Planted(loss), controls={"ablate": "logic"})

@@ -192,4 +192,5 @@ def test_a_suite_must_say_what_nobody_is_worth(tmp_path):
     report = values_of(lambda gone, record: gone[0, 0] * 1.0, names=["a", "b"])
     report.save(tmp_path)
     assert ShapleyReport.load(tmp_path) == report
+    assert len((tmp_path / "shapley_interactions.csv").read_text().splitlines()) == 13
     assert len(report.plot().axes) == 2 and len(report.interaction_table()) == 12
