@@ -16,7 +16,6 @@ from micro.analysis.counting import counted_layers, entropy
 from micro.analysis.result import Result
 from micro.analysis.routing_pass import (
     MAX_SAMPLES,
-    POSITIONS,
     SAMPLE_SEED,
     Positions,
     Samples,
@@ -155,8 +154,10 @@ def agreement(
     found: dict[str, Decisions] = {}
     fresh: list[Decisions] = []
     experts: list[str] = []
+    device = None
     for name, given in checkpoints.items():
-        model = _model(given)
+        model = _model(given, device)
+        device = model.device
         found[name] = decide(model, name)
         names = list(model.config.expert_names or ())
         if not experts:
@@ -177,7 +178,7 @@ def agreement(
         entries = [_numbers(_Pair(kept, f, len(experts))) for f in usable]
         report.nulls.append(_null(first, FRESH_ROUTER, entries))
     report.settings |= {
-        "positions": POSITIONS[positions] if samples.labelled else POSITIONS["published"],
+        "positions": samples.rule,
         "samples_given": len(data),
         "max_samples": max_samples,
         "sample_seed": sample_seed,
@@ -227,13 +228,14 @@ def compare(
     return report
 
 
-def _model(given: Any) -> MiCRoForCausalLM:
-    if isinstance(given, str | PathLike):
-        import micro
+def _model(given: Any, device: torch.device | None) -> MiCRoForCausalLM:
+    """A model as it is; a folder loaded, onto the device of the model before it."""
+    if not isinstance(given, str | PathLike):
+        return given  # type: ignore[no-any-return]
+    import micro
 
-        return micro.load(fspath(given))
-    model: MiCRoForCausalLM = given
-    return model
+    model = micro.load(fspath(given))
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
 def _decisions(passes: Iterator[Any], samples: Samples) -> Decisions:

@@ -45,6 +45,11 @@ class Samples:
     labelled: bool = False
     positions: Positions = "published"
 
+    @property
+    def rule(self) -> str:
+        """Which slots count, in words."""
+        return POSITIONS[self.positions] if self.labelled else "all but the last; of pairs, from the last prompt token"
+
     def counted(self, indices: Sequence[int], batch: Mapping[str, Tensor]) -> Tensor:
         """Bool [B,S]: the slots that count."""
         if self.positions == "answer" and self.labelled:
@@ -214,8 +219,9 @@ class SampleCounts:
     """What was counted, per sample (N) and layer; the numbers behind every routing table and figure.
 
     tokens [N]: counted slots; usage [N,L,E]: first choices (float32 probability, ties to the lower id); load [N,L,E]:
-    choices of all K ranks; mass [N,L,E]: sum of probabilities; entropies [N,L]: sum of -sum p log p, nats;
-    confusion [N,L,label,E]: first choices at labelled answer tokens (N is 0 where labels were not compared);
+    choices of all K ranks with a weight above 0; mass [N,L,E]: sum of probabilities; entropies [N,L]: sum of
+    -sum p log p, nats; confusion [N,L,label,E]: first choices at labelled answer tokens (N is 0 where labels were not
+    compared);
     transitions [L-1,E,E]: first choice in a layer and in the next; together [L,L]: slots with the same first choice in
     both layers; index [N]: place of the sample in the data that were given.
     """
@@ -242,7 +248,8 @@ class SampleCounts:
         rows = list(indices)
         probs = trace.probs.double().cpu()
         ranks = torch.nn.functional.one_hot(trace.ids.cpu().long(), experts).double()  # [L,B,S,K,E]
-        chosen, every = ranks[..., 0, :], ranks.sum(-2)
+        used = (trace.weights.cpu() > 0)[..., None]  # surplus ranks, where fewer experts than K are allowed, have 0
+        chosen, every = ranks[..., 0, :], (ranks * used).sum(-2)
         m = counted.double()
         h = -torch.special.xlogy(probs, probs).sum(-1)
         self.tokens[rows] += m.sum(1).numpy()

@@ -13,7 +13,6 @@ from micro.analysis.counting import counted_layers
 from micro.analysis.result import Result
 from micro.analysis.routing_pass import (
     MAX_SAMPLES,
-    POSITIONS,
     SAMPLE_SEED,
     Positions,
     SampleCounts,
@@ -281,7 +280,7 @@ def routing(
         counts.add(indices, trace, counted, labels_of(batch))
     k = experts_per_token(model, controls)
     settings = {
-        "positions": POSITIONS[positions] if samples.labelled else POSITIONS["published"],
+        "positions": samples.rule,
         "experts_per_token": k,
         "usage": "first choices" if k == 1 else "mean probabilities",
         "layers_excluded": [

@@ -36,7 +36,7 @@ def usage_numbers(counts: SampleCounts, k: int, draws: int, seed: int) -> dict[s
         "samples": len(shares),
         "tokens": int(tokens),
         "layers_counted": kept,
-        "load_share": plain(counts.load.sum(0) / (tokens * k)),
+        "load_share": plain(counts.load.sum(0) / counts.load.sum((0, 2))[:, None]),
         "transitions": plain(counts.transitions / tokens),
         "together": plain(counts.together / tokens),
         "together_chance": plain(pooled @ pooled.T),

@@ -94,6 +94,13 @@ def test_more_experts_per_token_average_probabilities_and_load_counts_all_choice
     assert usage_numbers(counts, 1, 20, 0)["usage"] == [1, 0, 0, 0]
 
 
+def test_surplus_ranks_are_no_load(model, tokenizer):
+    """Two experts per token with one allowed: the second rank has weight 0 and names an expert that did not run."""
+    controls = {"experts_per_token": 2, "keep": "social"}
+    report = routing(model, tokenizer, ["The sum of 12 and 7 is 19."], controls=controls, draws=20)
+    assert report.load_share == [[0, 1, 0, 0]] * 2 and len(report.dead_cells) == 6
+
+
 def test_entropies_information_and_load_variation_of_known_routers():
     even, sure = torch.full((4,), 0.25), torch.eye(4)
     slots = [sure[s % 4] for s in range(8)]
