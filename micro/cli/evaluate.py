@@ -77,9 +77,7 @@ def suites(
         Path, typer.Option("--output", "-o", help="Folder for JSON, CSV, items and figures; a run there is continued.")
     ] = Path("suites"),
     tasks: Annotated[str | None, typer.Option(help="Comma list; default: all whose data are at hand.")] = None,
-    items: Annotated[
-        int, typer.Option(help="Records of each task (of each of SyntaxGym's suites); 0 = 60, and all of SyntaxGym.")
-    ] = 60,
+    items: Annotated[int, typer.Option(help="Records of each task; 0 = 60, and all of SyntaxGym.")] = 60,
     split: Annotated[str, typer.Option(help="test, or train: items of other templates.")] = "test",
     ablations: Annotated[bool, typer.Option("--ablations", help="Also with each expert ablated.")] = False,
     sets: Annotated[

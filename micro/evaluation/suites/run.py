@@ -53,7 +53,7 @@ def make(
         task: a key of :data:`TASKS`.
         tokenizer: of the model.
         items: records (theory of mind: stories with their twins), over all templates; fewer where there are no more.
-            For SyntaxGym: of each of its suites. None: 60, and all of SyntaxGym.
+            SyntaxGym takes the first ones of each of its suites, evenly. None: 60, and all of SyntaxGym.
         split: "train" or "test": items of templates that the other one does not have. SyntaxGym has "test" only.
         seed: of the items.
         normalization: "sum", "tokens" or "bytes"; default "sum", for facts and wordnet "bytes". SyntaxGym has none.

@@ -195,7 +195,7 @@ class SyntaxGym:
     Args:
         tokenizer: of the model.
         suites: folder of JSON files, or names of shipped suites; default all shipped ones.
-        items: first items of each suite; default all.
+        items: so many in all, the first ones of each suite, at least one each; default all.
         max_tokens: slots per batch.
 
     Raises:
@@ -234,10 +234,11 @@ class SyntaxGym:
         self.suites = [GymSuite.read(path) for path in paths]
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.names = [suite.name for suite in self.suites]
-        self._items = [(s, item) for s, suite in enumerate(self.suites) for item in suite.items[:items]]
+        each = None if items is None else -(-items // len(self.suites))
+        self._items = [(s, item) for s, suite in enumerate(self.suites) for item in suite.items[:each]]
         self.records = len(self._items)
         self.chance = [suite.chance() for suite in self.suites]
-        self.settings: dict[str, Any] = {"version": VERSION, "items_per_suite": items, "equality_bits": EQUAL[1]}
+        self.settings: dict[str, Any] = {"version": VERSION, "items_per_suite": each, "equality_bits": EQUAL[1]}
 
     @property
     def fingerprint(self) -> str:

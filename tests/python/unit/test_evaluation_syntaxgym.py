@@ -144,7 +144,7 @@ def test_without_the_package_the_command_that_installs_it_is_named(tokenizer, mo
 
 @needs_package
 def test_the_shipped_suites_are_read(tokenizer):
-    suite = SyntaxGym(tokenizer, items=2)
+    suite = SyntaxGym(tokenizer, items=60)
     assert len(suite.names) == 31 and suite.records == 62
     assert suite.chance[suite.names.index("number_prep")] == pytest.approx(0.25, abs=0.02)
     assert all(0 <= chance < 0.6 for chance in suite.chance)
