@@ -1,8 +1,6 @@
 #include "micro/moments.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -75,12 +73,15 @@ void take_scatter(const Tensor& x, const Tensor& count, const Tensor& mean, Tens
                   const OptionalTensor& touched, const OptionalTensor& experts) {
   const Tensor own_count = at::zeros_like(count), own_mean = at::zeros_like(mean), own_m2 = at::zeros_like(mean);
   take(x, own_count, own_mean, own_m2, touched, experts);
-  const Tensor every = at::arange(count.size(0), count.options().dtype(at::kInt)).unsqueeze(1);
-  Tensor mine = experts ? experts->unsqueeze(0).eq(every) : at::ones({1, x.size(0)}, x.options().dtype(at::kBool));
-  if (touched) mine = mine.logical_and(touched->unsqueeze(0));
-  const Tensor apart = x.to(at::kDouble).unsqueeze(0) - own_mean.unsqueeze(1);
-  const Tensor kept = at::where(mine.unsqueeze(2), apart, 0.0);  // not a product: 0 times infinity
-  scatter.add_(at::bmm(kept.transpose(1, 2), kept));
+  for (int64_t e = 0; e < count.size(0); ++e) {
+    Tensor mine = experts ? experts->eq(e) : at::ones({x.size(0)}, x.options().dtype(at::kBool));
+    if (touched) mine = mine.logical_and(*touched);
+    // On CUDA nobody waits for the number of rows: the others become 0 (not by a product: 0 times infinity).
+    const Tensor rows = x.is_cpu() ? x.index_select(0, mine.nonzero().squeeze(1)) : x;
+    const Tensor apart = rows.to(at::kDouble) - own_mean[e];
+    const Tensor kept = x.is_cpu() ? apart : at::where(mine.unsqueeze(1), apart, 0.0);
+    scatter[e].addmm_(kept.t(), kept);
+  }
   const Tensor delta = own_mean - mean, total = (count + own_count).clamp_min(1);
   const Tensor share = (count * own_count / total).reshape({-1, 1, 1});
   scatter.add_(delta.unsqueeze(2) * delta.unsqueeze(1) * share);

@@ -70,7 +70,11 @@ class Capture(Session):
         self._bytes[number] = 0
 
     def __getitem__(self, name: str | int) -> Reading | Moments:
-        return super().__getitem__(name) if self.folder is None else load(self.folder, str(name))
+        if self.folder is None:
+            return super().__getitem__(name)
+        if name in self.points:
+            self.flush(self.points.index(name))
+        return load(self.folder, str(name))
 
 
 @contextmanager

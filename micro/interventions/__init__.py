@@ -7,7 +7,9 @@
     run["block_output"]  # Reading
 
 Nothing sticks to a module: when the block ends, the model is what it was; an empty block changes no bit. Actions act in
-the order given, so a ``read`` behind a ``zero`` sees zeros. Points: :mod:`micro.interventions.points`.
+the order given, so a ``read`` behind a ``zero`` sees zeros. ``points(model)`` lists the places of a model; ``variants``
+puts several interventions on one input side by side; the engine takes the same actions
+(``engine.generate(..., interventions=[...])``).
 """
 
 from micro.interventions.actions import Action, moments, read, replace, resample, scale, shift, zero

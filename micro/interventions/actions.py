@@ -25,7 +25,8 @@ class Action:
 
     layers, experts, heads, units, rows, positions say where; None means everywhere. ``experts`` takes names or ids;
     ``heads`` (point "heads") and ``units`` take column numbers, ``units`` also a bool mask [W] or [L,E',W]; ``rows``
-    are rows of the batch; ``positions`` absolute slots: numbers, a slice, or bool [B,S].
+    are rows of the batch as the layers see it (in ``generate`` every beam is one); ``positions`` absolute slots,
+    padding included: numbers, a slice of the slots that there are in a call, or bool [B|1,S].
     """
 
     kind: Kind

@@ -12,7 +12,8 @@
 | ``block_output`` | routed | H | the expert's output before weighting |
 
 A *routed* row is one pair of a token and an expert that computes it. Under FFN experts attention is shared, so that
-``heads`` and ``attention`` have token rows there, and ``block_output`` is what the expert's FFN gives.
+``heads`` and ``attention`` have token rows there, and ``block_output`` is what the expert's FFN gives. ``router`` has
+rows where the router runs: not where labels or force decide for every token.
 """
 
 from __future__ import annotations

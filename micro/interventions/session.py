@@ -178,7 +178,7 @@ class LayerHooks:
         if not mine:
             return x
         every = torch.arange(x.shape[0], device=x.device)
-        real = torch.ones_like(every, dtype=torch.bool) if self.call.real is None else self.call.real
+        real = torch.ones_like(every, dtype=torch.bool) if self.call.real is None else self.call.real.to(x.device)
         return self._run(mine, apply.Rows(every, torch.full_like(every, -1), real, real), x)
 
     def routed(self, point: str, x: Tensor, tokens: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def changes(model: MiCRoForCausalLM) -> list[iv.Action]:
 
     routed = {} if not config.is_block else {"experts": ["logic", "world"]}
     return [
-        iv.shift("residual", table("residual"), layers=[0, 1], positions=[2, 5, 13]),
+        iv.shift("residual", table("residual"), layers=[0, 1, 2], positions=[2, 5, 13]),
         iv.scale("router", 1.5),
         iv.zero("heads", heads=[1], **routed),
         iv.scale("attention", table("attention")),

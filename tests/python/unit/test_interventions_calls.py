@@ -10,8 +10,9 @@ import pytest
 import torch
 from small_models import ALL_FOUR, random_ids, small_model
 
-from micro import analysis
+from micro import analysis, ops
 from micro import interventions as iv
+from micro.interventions.sources import _uniform
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -28,6 +29,18 @@ def halved():
         for layer in other.model.layers:
             layer.blocks.down_proj.weight *= 0.5
     return model, other
+
+
+def test_an_empty_block_is_free(ids, monkeypatch):
+    model, calls, own = small_model(), [], ops.block_forward
+    monkeypatch.setattr(ops, "block_forward", lambda *a, **k: (calls.append(1), own(*a, **k))[1])
+    with torch.no_grad():
+        with model.intervene():
+            model(ids)
+        assert len(calls) == 2  # a fused operator for each layer
+        with model.intervene(iv.read("units", layers=1)):
+            model(ids)
+        assert len(calls) == 3  # the other layer takes its steps one by one
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -88,7 +101,7 @@ def test_generation_with_beams_left_padding_and_an_assistant(ids):
 
 
 def test_a_compiled_model_acts_in_the_block_and_only_there(ids):
-    model, _ = halved()
+    model = small_model(dtype=torch.float32, num_hidden_layers=1)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         plain = compiled(ids, use_cache=False).logits
@@ -148,6 +161,16 @@ def test_resampling_does_not_depend_on_how_a_sequence_is_cut(ids):
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole)
     with torch.no_grad(), model.intervene(iv.resample("ffn", run.reading("ffn"), seed=12)):
         assert not torch.equal(model(ids).logits, whole)
+
+
+def test_draws_are_uniform_and_differ_from_place_to_place():
+    rows = torch.arange(100)[:, None].expand(100, 100).flatten()
+    slots = torch.arange(100).repeat(100)
+    draws = _uniform(7, 3, torch.ones_like(rows), rows, slots)
+    counts = torch.histc(draws, 20, 0, 1)
+    assert float(((counts - 500) ** 2 / 500).sum()) < 50  # chi squared with 19 degrees: once in 8000
+    assert len(draws.unique()) == 10_000
+    assert abs(float(torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1])) < 0.04
 
 
 def test_the_table_of_points_is_what_reads_see(ids):
