@@ -127,7 +127,10 @@ def run(
             model=lm, tasks=names, task_manager=manager, log_samples=log_samples, **options, **seeds
         )
     except (ConnectionError, FileNotFoundError) as error:
-        raise RunError(f"harness: the data of {', '.join(names)} are not at hand: {error}") from error
+        raise RunError(
+            f"harness: the data of {', '.join(names)} are not at hand: {error}; fill the cache of `datasets` on a "
+            "machine with network, or write a task file over local data (include_path)"
+        ) from error
     assert found is not None
     return HarnessResult(
         rows=_rows(found),

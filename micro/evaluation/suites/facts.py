@@ -41,7 +41,7 @@ RELATIONS: dict[str, dict[str, Relation]] = {
         ),
         "material": _table(
             "{} is made from",
-            """Paper: wood; Bread: flour; Cheese: milk; Glass: sand; Leather: skin; Wine: grapes; Chocolate: cocoa;
+            """Paper: wood; Bread: flour; Cheese: milk; Glass: sand; Leather: skin; Wine: grapes;
             Steel: iron; Concrete: cement; Beer: barley; Silk: cocoons; Porcelain: clay""",
         ),
         "colour": _table(
@@ -103,9 +103,9 @@ RELATIONS: dict[str, dict[str, Relation]] = {
         ),
         "fame": _table(
             "{} is best known as a",
-            """Marie Curie: scientist; Ludwig van Beethoven: composer; William Shakespeare: playwright;
+            """Marie Curie: chemist; Ludwig van Beethoven: composer; William Shakespeare: playwright;
             Vincent van Gogh: painter; Charles Darwin: naturalist; Neil Armstrong: astronaut; Plato: philosopher;
-            Napoleon: general; Florence Nightingale: nurse; Muhammad Ali: boxer; Agatha Christie: writer""",
+            Napoleon: general; Florence Nightingale: nurse; Muhammad Ali: boxer; Agatha Christie: novelist""",
         ),
     },
 }

@@ -69,6 +69,14 @@ def test_templates_that_are_used_up_give_fewer_items():
     assert len(few) == sum(len(r.pairs) for r in facts.RELATIONS["test"].values())
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_subject_of_a_relation_has_one_fact_and_there_are_enough_wrong_ones(split):
+    for name, relation in facts.RELATIONS[split].items():
+        subjects = [subject for subject, _ in relation.pairs]
+        assert len(set(subjects)) == len(subjects), name
+        assert len({fact for _, fact in relation.pairs}) >= 4, name
+
+
 def test_the_answers_of_sums_are_computed_and_no_place_among_the_candidates_is_better():
     items = items_of("arithmetic", count=900)
     found = rules(items)
