@@ -55,7 +55,7 @@ dl.settings dt { display: inline; } dl.settings dt::after { content: ": "; }
 dl.settings dd { display: inline; margin: 0; color: var(--ink); overflow-wrap: anywhere; }
 @media print {
   body, main { background: #fff; } main { max-width: none; padding: 0; }
-  figure, .verdict, dl.settings { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure, .verdict, dl.settings { break-inside: avoid; } h2, h2 + p, h3 { break-after: avoid; }
   .wide, pre.notes { overflow: visible; } pre.notes { white-space: pre-wrap; } table { font-size: 11px; }
   thead { display: table-header-group; } tr { break-inside: avoid; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -79,8 +79,8 @@ RANKS = [
     {"ops", "curriculum"},
     {"modeling", "engine", "interventions", "optim", "steering", "data"},
     {"convert"},
-    {"training", "report"},
-    {"analysis", "deltas", "evaluation"},
+    {"training"},
+    {"analysis", "deltas", "evaluation", "report"},  # report draws for the others and joins what they save
     {"demo"},
     {"cli"},
 ]

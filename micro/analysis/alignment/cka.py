@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from micro.analysis.alignment.ridge import matrix
+from micro.analysis.alignment.ridge import Rows, matrix
 from micro.analysis.statistics import Array
 
 
@@ -25,7 +27,11 @@ def cka(features: ArrayLike, responses: ArrayLike, *, unbiased: bool | None = No
 
     Source: Kornblith et al. 2019; Song et al. 2012 (unbiased HSIC); Nguyen, Raghu and Kornblith 2021.
     """
-    return cka_test(features, responses, unbiased=unbiased, permutations=0)[0]
+    x, y = matrix(features, "features"), matrix(responses, "responses")
+    if len(y) != len(x):
+        raise ValueError(f"features have {len(x)} rows and responses {len(y)}: one per stimulus each")
+    without_bias = uses_unbiased(*x.shape) if unbiased is None else unbiased
+    return float(np.vdot(unit_gram(x, "features", without_bias), unit_gram(y, "responses", without_bias)))
 
 
 def uses_unbiased(stimuli: int, width: int) -> bool:
@@ -33,23 +39,8 @@ def uses_unbiased(stimuli: int, width: int) -> bool:
     return stimuli < 10 * width
 
 
-def cka_test(
-    features: ArrayLike, responses: ArrayLike, *, unbiased: bool | None = None, permutations: int = 99, seed: int = 0
-) -> tuple[float, Array]:
-    """(CKA, its values when the stimuli of the second side are shuffled ``[permutations]``)."""
-    x, y = matrix(features, "features"), matrix(responses, "responses")
-    n = len(x)
-    if len(y) != n:
-        raise ValueError(f"features have {n} rows and responses {len(y)}: one per stimulus each")
-    without_bias = uses_unbiased(n, x.shape[1]) if unbiased is None else unbiased
-    a, b = unit_gram(x, "features", without_bias), unit_gram(y, "responses", without_bias)
-    return float(np.vdot(a, b)), shuffled_grams(a, b, permutations=permutations, seed=seed)
-
-
-def shuffled_grams(first: Array, second: Array, *, permutations: int, seed: int) -> Array:
-    """Inner products ``[permutations]`` of two matrices ``[n,n]`` when the stimuli of the second are shuffled."""
-    generator = np.random.default_rng(seed)
-    orders = (generator.permutation(len(first)) for _ in range(permutations))
+def shuffled_grams(first: Array, second: Array, orders: Iterable[Rows]) -> Array:
+    """Inner products of two matrices ``[n,n]`` when the stimuli of the second are put in other orders."""
     return np.array([np.vdot(first, second[np.ix_(order, order)]) for order in orders])
 
 

@@ -28,6 +28,18 @@ def default_pairs(sets: Sequence[FeatureSet]) -> list[tuple[str, str]]:
     ]
 
 
+def check_pairs(sets: Sequence[FeatureSet], pairs: Sequence[tuple[str, str]] | None) -> None:
+    """Refuse pairs that name neither a set nor a group, before any work is done for them.
+
+    Raises:
+        ValueError: the message lists what there is.
+    """
+    known = list(dict.fromkeys([*(s.group for s in sets), *(s.name for s in sets)]))
+    for name in (name for pair in pairs or [] for name in pair):
+        if name not in known:
+            raise ValueError(f"contrasts: {name!r} is neither a set nor a group; there are {', '.join(known)}")
+
+
 def group_contrasts(scored: Sequence[Scored], pairs: Sequence[tuple[str, str]] | None) -> list[dict[str, Any]]:
     """Difference of the scores of two sets or groups (mean over layers) with a 95 % interval and a two-sided p.
 
@@ -36,18 +48,11 @@ def group_contrasts(scored: Sequence[Scored], pairs: Sequence[tuple[str, str]] |
     sure of itself here, because another training part would give other predictions. Holm's correction takes all
     contrasts as one family.
 
-    Raises:
-        ValueError: a pair names no set and no group.
-
     Source: Nadeau and Bengio 2003, corrected resampled t test.
     """
     places = _places(scored)
-    pairs = default_pairs([s.features for s in scored]) if pairs is None else pairs
     out: list[dict[str, Any]] = []
-    for first, second in pairs:
-        for name in (first, second):
-            if name not in places:
-                raise ValueError(f"contrasts: {name!r} is neither a set nor a group; there are {', '.join(places)}")
+    for first, second in default_pairs([s.features for s in scored]) if pairs is None else pairs:
         a, b = (np.mean([scored[i].by_fold[:, 0] for i in places[name]], axis=0) for name in (first, second))
         difference, interval, p = corrected_t(a - b)
         out.append({"first": first, "second": second, "difference": difference, "interval": interval, "p": p})

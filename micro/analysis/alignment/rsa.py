@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from micro.analysis.alignment.ridge import matrix
+from micro.analysis.alignment.ridge import Rows, matrix
 from micro.analysis.statistics import Array
 from micro.errors import require
 
@@ -53,23 +55,10 @@ def rsa(first: ArrayLike, second: ArrayLike, *, lower: float = 0.0, upper: float
     Raises:
         ValueError: different numbers of stimuli, fewer than four, or what :func:`rdm` refuses.
     """
-    return rsa_test(first, second, lower=lower, upper=upper, permutations=0)[0]
-
-
-def rsa_test(
-    first: ArrayLike,
-    second: ArrayLike,
-    *,
-    lower: float = 0.0,
-    upper: float = 1.0,
-    permutations: int = 99,
-    seed: int = 0,
-) -> tuple[float, Array]:
-    """(correlation, its values when the stimuli of the second space are shuffled ``[permutations]``): Mantel's test."""
     a, b = triangle(first, lower, upper), triangle(second, lower, upper)
     if len(a) != len(b):
         raise ValueError("RSA needs the same stimuli in both spaces; they have different numbers of rows")
-    return float(a @ b), shuffled_triangles(a, b, permutations=permutations, seed=seed)
+    return float(a @ b)
 
 
 def triangle(values: ArrayLike, lower: float = 0.0, upper: float = 1.0) -> Array:
@@ -90,14 +79,17 @@ def triangle(values: ArrayLike, lower: float = 0.0, upper: float = 1.0) -> Array
     return result
 
 
-def shuffled_triangles(first: Array, second: Array, *, permutations: int, seed: int) -> Array:
-    """Correlations ``[permutations]`` of two triangles when the stimuli of the second are shuffled (Mantel 1967)."""
+def shuffled_triangles(first: Array, second: Array, orders: Iterable[Rows]) -> Array:
+    """Correlations of two triangles when the stimuli of the second are put in other orders (Mantel 1967)."""
     n = round((1 + (1 + 8 * len(first)) ** 0.5) / 2)
     upper = np.triu_indices(n, 1)
     # Ranks are made once and moved: shuffling stimuli permutes the triangle.
     square = np.zeros((n, n))
     square[upper] = second
     square += square.T
-    generator = np.random.default_rng(seed)
-    orders = (generator.permutation(n) for _ in range(permutations))
     return np.array([first @ square[np.ix_(order, order)][upper] for order in orders])
+
+
+def has_rdm(values: Array) -> bool:
+    """Whether :func:`rdm` is defined: two columns or more, and no stimulus with the same value in all of them."""
+    return values.shape[1] > 1 and bool((np.ptp(values, axis=1) > 1e-12 * np.abs(values).max(1)).all())

@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike
 
 from micro.analysis.alignment.ceiling import Ceiling
 from micro.analysis.alignment.cka import shuffled_grams, unit_gram, uses_unbiased
-from micro.analysis.alignment.contrasts import group_contrasts, network_table
+from micro.analysis.alignment.contrasts import check_pairs, group_contrasts, network_table
 from micro.analysis.alignment.features import FeatureSet, feature_sets
 from micro.analysis.alignment.resampling import block_orders, block_weights, blocks_of, resampled_scores
 from micro.analysis.alignment.responses import Responses
 from micro.analysis.alignment.result import AlignmentResult
-from micro.analysis.alignment.ridge import LAMBDAS, Encoder, Rows, contiguous_folds
-from micro.analysis.alignment.rsa import shuffled_triangles, triangle
+from micro.analysis.alignment.ridge import LAMBDAS, Encoder, Rows, contiguous_folds, matrix
+from micro.analysis.alignment.rsa import has_rdm, shuffled_triangles, triangle
 from micro.analysis.alignment.selftest import Target, ranking, targets
 from micro.analysis.statistics import Array, interval, permutation_p
 from micro.progress import track
@@ -50,11 +50,15 @@ class Options:
         if self.permutations < 1 or self.draws < 1:
             raise ValueError("permutations and draws must be at least 1: a score ships with its null and its interval")
 
-    def resolved(self, narrowest: int) -> Options:
-        """With all metrics if none were chosen; RSA needs two columns on both sides."""
-        if self.metrics is not None:
-            return self
-        return replace(self, metrics=METRICS if narrowest > 1 else ("ridge", "cka"))
+    def resolved(self, y: Array, sets: Sequence[FeatureSet]) -> Options:
+        """With all metrics that the data allow if none were chosen, and one estimator of CKA for all sets."""
+        missing = [name for name, x in (("responses", y), *((s.name, s.values) for s in sets)) if not has_rdm(x)]
+        metrics = self.metrics or (("ridge", "cka") if missing else METRICS)
+        if missing and len({"rsa", "topological_rsa"} & set(metrics)):
+            raise ValueError(f"metrics: no RSA of {missing[0]!r}: it has one column, or a stimulus without variance")
+        widest = max(s.values.shape[1] for s in sets)
+        unbiased = uses_unbiased(len(y), widest) if self.unbiased_cka is None else self.unbiased_cka
+        return replace(self, metrics=metrics, unbiased_cka=unbiased)
 
 
 @dataclass
@@ -121,7 +125,7 @@ def align(
             ``folds`` (5), ``inner_folds`` (5), ``lambdas`` (1e-3 .. 1e6), ``permutations`` (99: shuffled blocks of
             responses, refitted with the penalties chosen for the real ones), ``draws`` (1000: bootstrap over blocks of
             stimuli), ``rank_quantiles`` (0.2, 0.8: clipping of the topological RSA), ``unbiased_cka`` (None: where
-            n < 10 d), ``self_test_reliability`` (None: the median ρ' of the data, or 0.5), ``seed``, ``device``.
+            n < 10 d of the widest set), ``self_test_reliability`` (None: the median ρ' of the data, or 0.5), ``seed``, ``device``.
 
     Returns:
         An :class:`AlignmentResult`; ``self_test`` in it says whether each metric would have found a known layer.
@@ -136,11 +140,13 @@ def align(
     sets = feature_sets(features)
     known = responses if isinstance(responses, Responses) else Responses(np.asarray(responses))
     data = _prepare(known, len(sets[0].values), settings)
-    settings = settings.resolved(min(data.y.shape[1], *(entry.values.shape[1] for entry in sets)))
-    unknown = sorted(set(controls or {}) - {entry.name for entry in sets})
-    if unknown:
-        raise ValueError(f"controls: no feature set is named {', '.join(unknown)}")
-    reliability = settings.self_test_reliability or _typical(data)
+    settings = settings.resolved(data.y, sets)
+    check_pairs(sets, contrasts)
+    extra = {
+        name: [matrix(values, f"controls[{name!r}]") for values in given] for name, given in (controls or {}).items()
+    }
+    _check_controls(extra, sets)
+    reliability = _typical(data) if settings.self_test_reliability is None else settings.self_test_reliability
     aims = targets(sets, reliability=reliability, seed=settings.seed)
     tests = _SelfTests(aims, settings)
     work = track(sets, "alignment", unit="sets", enabled=progress)
@@ -157,7 +163,7 @@ def align(
         self_test=_self_test(scored, aims, settings),
         contrasts=group_contrasts(scored, contrasts),
         networks=network_table(scored, data.networks, data.members.sum(1).astype(int).tolist()),
-        random_units=_controls(controls or {}, scored, data, settings),
+        random_units=_controls(extra, scored, data, settings),
         settings=_settings(known, data, settings, reliability),
         voxels={s.features.name: s.r for s in scored},
     )
@@ -268,17 +274,16 @@ def _score(features: FeatureSet, data: _Data, options: Options, tests: _SelfTest
 def _similarity(metric: str, scored: Scored, data: _Data, options: Options, tests: _SelfTests) -> None:
     clip = _clip(metric, options)
     own, other = triangle(scored.features.values, *clip), triangle(data.y, *clip)
-    null = shuffled_triangles(own, other, permutations=options.permutations, seed=options.seed)
+    null = shuffled_triangles(own, other, data.orders)
     scored.entry[metric] = _with_null(float(own @ other), null)
     scored.self_test[metric] = np.array([own @ aim for aim in tests.triangles[metric]])
 
 
 def _kernel(scored: Scored, data: _Data, options: Options, tests: _SelfTests) -> None:
-    n, d = scored.features.values.shape
-    unbiased = uses_unbiased(n, d) if options.unbiased_cka is None else options.unbiased_cka
+    unbiased = bool(options.unbiased_cka)
     own = unit_gram(scored.features.values, scored.features.name, unbiased)
     other = unit_gram(data.y, "responses", unbiased)
-    null = shuffled_grams(own, other, permutations=options.permutations, seed=options.seed)
+    null = shuffled_grams(own, other, data.orders)
     scored.entry["cka"] = _with_null(float(np.vdot(own, other)), null) | {"unbiased": unbiased}
     grams = (unit_gram(aim.responses, "self-test", unbiased) for aim in tests.aims)
     scored.self_test["cka"] = np.array([np.vdot(own, gram) for gram in grams])
@@ -294,8 +299,17 @@ def _self_test(scored: Sequence[Scored], aims: Sequence[Target], options: Option
     return {metric: ranking(names, aims, table) for metric, table in tables.items()}
 
 
+def _check_controls(controls: Mapping[str, Sequence[Array]], sets: Sequence[FeatureSet]) -> None:
+    unknown = sorted(set(controls) - {entry.name for entry in sets})
+    if unknown:
+        raise ValueError(f"controls: no feature set is named {', '.join(unknown)}")
+    for name, given in controls.items():
+        if not given or any(len(values) != len(sets[0].values) for values in given):
+            raise ValueError(f"controls[{name!r}]: give at least one array with {len(sets[0].values)} stimuli")
+
+
 def _controls(
-    controls: Mapping[str, Sequence[ArrayLike]], scored: Sequence[Scored], data: _Data, options: Options
+    controls: Mapping[str, Sequence[Array]], scored: Sequence[Scored], data: _Data, options: Options
 ) -> list[dict[str, Any]]:
     """Each set that has controls, beside the scores of those."""
     out = []
@@ -319,6 +333,7 @@ def _settings(responses: Responses, data: _Data, options: Options, reliability: 
         "contrasts": "corrected t over folds, 95 % (Nadeau and Bengio 2003)",
         "null": "contiguous blocks of responses shuffled, penalties as chosen for the real ones",
         "family": "all sets; p from the highest score of any set under each shuffling (Westfall and Young 1993)",
+        "unbiased_cka": options.unbiased_cka,
         "rank_quantiles": list(options.rank_quantiles),
         "self_test_reliability": reliability,
         "seed": options.seed,
