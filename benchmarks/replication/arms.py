@@ -16,6 +16,7 @@ from micro.errors import RunError
 from micro.progress import Progress
 from micro.training import Recipe, Source, Stage, run
 from micro.training.backbone import quiet_transformers, read_tokenizer, start
+from micro.training.plan import Plan
 
 INDUCE, CALIBRATE, FINISH, JOINT = "induce", "calibrate", "finish", "joint"
 FRESH_ROUTER_SEED = 77_000
@@ -113,13 +114,19 @@ def _with_weight_rule(source: Path, rule: str, folder: Path) -> Path:
     return folder
 
 
-def execute(job: Job, places: Places, plan_digest: str) -> dict[str, Any]:
-    """Train and measure one run; returns what is committed. Ctrl-C saves the place and raises KeyboardInterrupt."""
+def execute(job: Job, places: Places, plan_digest: str, *, most_tokens: int) -> dict[str, Any]:
+    """Train and measure one run; returns what is committed. Ctrl-C saves the place and raises KeyboardInterrupt.
+
+    Raises:
+        RunError: it would visit more than `most_tokens`.
+    """
     setup = job.setup
     records, chats = data.write_training_data(setup, job.seed, places.work / "data" / f"{setup.name}-s{job.seed}")
     folder = places.run(job.name)
     origin = backbone_of(job, places)
     wanted = recipe(job, origin, records, chats)
+    if not folder.exists():
+        _check_tokens(job, run(wanted, output_dir=folder, dry_run=True, quiet=True).plan, most_tokens)
     tokenizer = _tokenizer(wanted)
     held_out = Items.of(
         data.held_out_records(setup), tokenizer, max_length=4 * setup.max_length, max_tokens=setup.eval_tokens
@@ -251,8 +258,7 @@ def _versions(folder: Path) -> dict[str, Any]:
     return {name: found.get(name) for name in ("python", "micro-reasoners", "torch", "transformers", "commit")}
 
 
-def check_tokens(job: Job, result: dict[str, Any], limit: int) -> None:
-    """RunError where a run visited more tokens than the budget holds."""
-    total = sum(result["tokens"].values())
+def _check_tokens(job: Job, plan: Plan, limit: int) -> None:
+    total = sum(stage.tokens for stage in plan.stages)
     if total > limit:
-        raise RunError(f"{job.name} visited {total:,} tokens, the budget is {limit:,}: make the plan smaller")
+        raise RunError(f"{job.name} would visit {total:,} tokens, the budget is {limit:,}: make the plan smaller")

@@ -100,8 +100,7 @@ def _pretrain(setup: Setup, settings: Pretraining, places: Places) -> None:
 
 
 def _run(job: Job, plan: Plan, places: Places, say: Say) -> None:
-    result = arms.execute(job, places, plan.digest)
-    arms.check_tokens(job, result, plan.budget.training_tokens)
+    result = arms.execute(job, places, plan.digest, most_tokens=plan.budget.training_tokens)
     text = json.dumps(result, separators=(",", ":")) + "\n"
     if len(text) > MOST_BYTES:
         raise RunError(f"{job.name}: its file would hold {len(text):,} bytes, {MOST_BYTES:,} are allowed")
