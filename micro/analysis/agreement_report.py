@@ -163,7 +163,7 @@ def agreement(
         if not experts:
             experts = names
             for i in range(fresh_routers):
-                with _fresh_routers(model, seed + i):
+                with _fresh_routers(model, seed, i):
                     fresh.append(decide(model, f"{name}, {FRESH_ROUTER} {i + 1}"))
         if names != experts or len(found[name][0]) != len(next(iter(found.values()))[0]):
             raise ValueError(f"analysis.agreement: {name} has other layers or experts than {next(iter(checkpoints))}")
@@ -250,14 +250,17 @@ def _decisions(passes: Iterator[Any], samples: Samples) -> Decisions:
 
 
 @contextmanager
-def _fresh_routers(model: MiCRoForCausalLM, seed: int) -> Iterator[None]:
-    """Routers drawn anew, and put back afterwards."""
+def _fresh_routers(model: MiCRoForCausalLM, seed: int, draw: int) -> Iterator[None]:
+    """Routers drawn anew, and put back afterwards. The stream is of this null alone: a seed used as it is would draw
+    the routers with which an upcycled checkpoint of that seed started.
+    """
     from micro.modeling.router import RouterMap
 
     weights = [m.weight for m in model.modules() if isinstance(m, RouterMap)]
     before = [w.detach().clone() for w in weights]
     try:
-        model.reset_routers(torch.Generator(device=weights[0].device).manual_seed(seed))
+        state = int(np.random.SeedSequence([seed, draw, *FRESH_ROUTER.encode()]).generate_state(1)[0])
+        model.reset_routers(torch.Generator(device=weights[0].device).manual_seed(state))
         yield
     finally:
         with torch.no_grad():

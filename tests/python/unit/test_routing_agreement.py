@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from micro.analysis.agreement_report import AgreementReport, _other_samples, agreement, compare
+from micro.analysis.agreement_report import AgreementReport, _fresh_routers, _other_samples, agreement, compare
 from micro.experts import NAMES
 from micro.testing import tiny_tokenizer
 
@@ -143,6 +143,19 @@ def test_a_checkpoint_agrees_with_itself_and_less_with_fresh_routers(tokenizer, 
     assert AgreementReport.load(tmp_path / "out") == report
     assert len(report.table()) == 5 and "fresh router" in str(report)
     assert len(report.plot().axes) == 2
+
+
+def test_fresh_routers_are_not_those_of_an_upcycled_model_of_the_same_seed(tokenizer):
+    model = model_of(tokenizer)
+    model.reset_routers(torch.Generator().manual_seed(0))
+    start = model.model.layers[0].router.in_proj.weight.clone()
+    seen = []
+    for draw in range(2):
+        with _fresh_routers(model, 0, draw):
+            seen.append(model.model.layers[0].router.in_proj.weight.clone())
+    assert not torch.equal(seen[0], start) and not torch.equal(seen[0], seen[1])
+    with _fresh_routers(model, 0, 1):
+        assert torch.equal(model.model.layers[0].router.in_proj.weight, seen[1])
 
 
 def test_one_checkpoint_or_other_experts_are_refused(tokenizer):
