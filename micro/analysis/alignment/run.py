@@ -125,7 +125,8 @@ def align(
             ``folds`` (5), ``inner_folds`` (5), ``lambdas`` (1e-3 .. 1e6), ``permutations`` (99: shuffled blocks of
             responses, refitted with the penalties chosen for the real ones), ``draws`` (1000: bootstrap over blocks of
             stimuli), ``rank_quantiles`` (0.2, 0.8: clipping of the topological RSA), ``unbiased_cka`` (None: where
-            n < 10 d of the widest set), ``self_test_reliability`` (None: the median ρ' of the data, or 0.5), ``seed``, ``device``.
+            n < 10 d of the widest set), ``self_test_reliability`` (None: the median ρ' of the data, or 0.5),
+            ``seed``, ``device``.
 
     Returns:
         An :class:`AlignmentResult`; ``self_test`` in it says whether each metric would have found a known layer.

@@ -279,13 +279,15 @@ def test_chosen_contrasts_and_models_beside_each_other():
         ({"metrics": ("rsa",)}, "metrics must hold ridge"),
         ({"permutations": 0}, "at least 1"),
         ({"controls": {"nobody": []}}, "no feature set is named nobody"),
+        ({"controls": {"x": [normal(29, 4)]}}, "at least one array with 30 stimuli"),
+        ({"features": {"x": normal(30, 1)}, "metrics": ("ridge", "rsa")}, "no RSA of 'x'"),
         ({"lambdas": (0.0,)}, "lambdas must be positive"),
         ({"self_test_reliability": 2.0}, "reliability must lie"),
     ],
 )
 def test_align_names_the_wrong_argument(arguments, words):
     with pytest.raises(ValueError, match=words):
-        al.align({"x": normal(30, 4)}, normal(30, 2), **{**QUICK, **arguments})
+        al.align(**{"features": {"x": normal(30, 4)}, "responses": normal(30, 2), **QUICK, **arguments})
 
 
 def test_align_wants_the_same_stimuli():
