@@ -247,7 +247,7 @@ def random_cells(
     lines: list[Line] = []
     for scores, names in zip(every, row_names(every), strict=True):
         about = scores.traits
-        harm = -about.sign * about.factor * (scores.means[1:] - scores.means[:1])
+        harm = about.sign * about.factor * (scores.means[:1] - scores.means[1:])
         null = harm[len(experts) :]
         for row, e in product(scores.shown(), range(len(experts))):
             lines.append(

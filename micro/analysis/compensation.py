@@ -51,6 +51,11 @@ class CompensationReport(Result):
 
         return pd.DataFrame(self.lines)
 
+    def __str__(self) -> str:
+        """The lines, and whether replaying alone changed nothing."""
+        same = "gives the intact scores bit for bit" if self.exact else "CHANGES THE SCORES: do not trust these numbers"
+        return f"{super().__str__()}\nreplay without ablation {same}"
+
     def plot(self) -> Figure:
         """Bars of both harms, one panel per row."""
         from micro.analysis.ablation_figures import compensation_figure
@@ -129,7 +134,7 @@ def _lines(scores: Scores, names: Sequence[str], count: int, draws: int, seed: i
 
     def harm(values: Array, c: int, row: int) -> Array:
         """[D] of condition c over the intact one."""
-        return -about.sign * about.factor * (values[:, c, row] - values[:, 0, row])
+        return about.sign * about.factor * (values[:, 0, row] - values[:, c, row])
 
     flips = sign_flip_p(np.moveaxis(scores.sums[count:] - scores.sums[:count], 0, 1), seed=seed)  # [count, rows]
     lines = []

@@ -88,7 +88,7 @@ def ablate(
     if cell_orders:
         reports.append(analysis.cell_shapley(model, few, orders=cell_orders, **shared))
     for report in reports:
-        _keep(report, output, {"model": str(folder), "data": str(data), "tasks": str(tasks)})
+        _keep(report, output, {"model": str(folder), "data": data and str(data), "tasks": tasks})
     if json:
         typer.echo(format_json.dumps({report.name: report.to_dict() for report in reports}))
         return
@@ -145,7 +145,7 @@ class _Asked:
         return [make(task, self.tokenizer, items=most or 60, split=split, seed=self.seed) for task in self.tasks]
 
 
-def _keep(report: Any, output: Path, about: dict[str, str]) -> None:
+def _keep(report: Any, output: Path, about: dict[str, Any]) -> None:
     report.settings |= about
     report.save(output)
     save_figure(report.plot(), output / report.name)

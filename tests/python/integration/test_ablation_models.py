@@ -217,7 +217,7 @@ def test_conditions_as_rows_of_one_batch_have_the_bits_of_single_ones(model, sui
 def test_free_and_replayed_ablations_of_a_model_and_what_routing_makes_up_for(model, suite, tmp_path):
     store = ScoreStore(tmp_path / "scores")
     report = analysis.routing_compensation(model, suite, draws=200, store=store)
-    assert report.exact
+    assert report.exact and "bit for bit" in str(report)
     assert len(report.lines) == 16 and any(line["compensation"] != 0 for line in report.lines)
     free = analysis.ablation(model, suite, draws=200, store=store)
     for line in report.lines:
