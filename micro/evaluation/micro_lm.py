@@ -145,7 +145,8 @@ class MiCRoLM(TemplateLM):  # type: ignore[misc]
     ) -> list[int]:
         """Ids of a text. A text that begins with BOS gets no second one."""
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id])):
+        begin = self.tokenizer.decode([self.prefix_token_id])
+        if add_special_tokens is None and begin and string.startswith(begin):
             special = False
         options = {} if special is None else {"add_special_tokens": special}
         ids = list(self.tokenizer(string, **options)["input_ids"])
@@ -293,6 +294,8 @@ def _load(pretrained: Any, tokenizer: Any, dtype: str | None, device: str | None
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("MiCRoLM: the tokenizer has no end-of-text token; set tokenizer.eos_token")
     if device is not None:
         torch.nn.Module.to(model, device)
     return model.train(False), tokenizer

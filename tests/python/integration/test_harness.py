@@ -222,6 +222,31 @@ def test_a_loaded_model_needs_its_tokenizer(model):
         MiCRoLM(model)
 
 
+def test_a_tokenizer_needs_an_end_of_text(model):
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        MiCRoLM(model, endless)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(model):
+    class Beginning:
+        bos_token_id, eos_token_id = 1, 2
+
+        def decode(self, ids):
+            return "<s>"
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1] * add_special_tokens + [5] * len(text)}
+
+    lm = MiCRoLM(model, Beginning())
+    assert lm.tok_encode("ab") == [1, 5, 5]
+    assert lm.tok_encode("<s>") == [5, 5, 5]
+    assert lm.tok_encode("ab", add_special_tokens=False) == [5, 5]
+    assert lm.tok_encode("ab", left_truncate_len=2) == [5, 5]
+    assert MiCRoLM(model, Beginning(), add_bos_token=False).tok_encode("ab") == [5, 5]
+
+
 def test_an_option_of_generation_that_does_not_exist_here_is_named(model, tokenizer):
     given = requests("generate_until", [("a", {"num_beams": 3})])
     with pytest.raises(ValueError, match="'num_beams' is not supported"):
