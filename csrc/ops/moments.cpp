@@ -68,6 +68,12 @@ void take(const Tensor& x, const Tensor& count, const Tensor& mean, const Tensor
   check(kName, status);
 }
 
+// Of the rows named; on CUDA nobody waits for their number, and the others become 0 (not by a product: 0 times
+// infinity).
+Tensor deviations_cpu(const Tensor& x, const Tensor& mean, const Tensor& mine) {
+  return x.index_select(0, mine.nonzero().squeeze(1)).to(at::kDouble) - mean;
+}
+
 // Of the call's rows alone: sum (x - mean)(x - mean)^T per expert, as one product; joined to what was there by means.
 void take_scatter(const Tensor& x, const Tensor& count, const Tensor& mean, Tensor scatter,
                   const OptionalTensor& touched, const OptionalTensor& experts) {
@@ -76,10 +82,8 @@ void take_scatter(const Tensor& x, const Tensor& count, const Tensor& mean, Tens
   for (int64_t e = 0; e < count.size(0); ++e) {
     Tensor mine = experts ? experts->eq(e) : at::ones({x.size(0)}, x.options().dtype(at::kBool));
     if (touched) mine = mine.logical_and(*touched);
-    // On CUDA nobody waits for the number of rows: the others become 0 (not by a product: 0 times infinity).
-    const Tensor rows = x.is_cpu() ? x.index_select(0, mine.nonzero().squeeze(1)) : x;
-    const Tensor apart = rows.to(at::kDouble) - own_mean[e];
-    const Tensor kept = x.is_cpu() ? apart : at::where(mine.unsqueeze(1), apart, 0.0);
+    const Tensor kept = x.is_cpu() ? deviations_cpu(x, own_mean[e], mine)
+                                   : at::where(mine.unsqueeze(1), x.to(at::kDouble) - own_mean[e], 0.0);
     scatter[e].addmm_(kept.t(), kept);
   }
   const Tensor delta = own_mean - mean, total = (count + own_count).clamp_min(1);
