@@ -73,7 +73,8 @@ def responses(
         sets += pooled_activations(fresh, tokenizer, stimuli, name="untrained", progress=True, **options).sets()
     for path in compare or []:
         other, own = load_model(path)
-        sets += pooled_activations(other, own, stimuli, name=path.name, progress=True, **options).sets()
+        name = path.name if path.name not in {entry.model for entry in sets} else str(path)
+        sets += pooled_activations(other, own, stimuli, name=name, progress=True, **options).sets()
     result = align(
         sets, measured, controls=controls, folds=folds, permutations=permutations, draws=draws, seed=seed, progress=True
     )

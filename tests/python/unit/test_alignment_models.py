@@ -192,6 +192,14 @@ def test_the_command_aligns_a_model_with_responses(folder, tmp_path, capsys):
     assert [s["name"] for s in content["sets"]][2:] == ["untrained, logic, layer 1", "untrained, social, layer 1"]
     assert [c["first"] for c in content["contrasts"]] == ["model: logic"] * 2 + ["model: social"]
     assert (tmp_path / "out" / "alignment.png").stat().st_size > 1000 and "self-test" in capsys.readouterr().out
+    found = ["--mask", str(tmp_path / "localizer"), "--compare", str(folder)]
+    assert run(["localize", str(folder), "--permutations", "0", "-o", str(tmp_path / "localizer")]) == DONE
+    assert run([*arguments, *options, *found]) == DONE
+    content = json.loads((tmp_path / "out" / "alignment.json").read_text())
+    assert [s["model"] for s in content["sets"]] == ["model"] * 2 + ["localized units"] + [str(folder)] * 2
+    assert len(content["random_units"][0]["null"]) == 19 and content["settings"]["point"] == "block_output"
+    assert run([*arguments, "--mask", str(tmp_path / "localizer")]) == BAD_INPUT
+    assert "give --point block_output" in capsys.readouterr().err
     (tmp_path / "texts.txt").write_text("\n".join(texts[:-1]))
     assert run([*arguments, *options]) == BAD_INPUT and "35 lines" in capsys.readouterr().err
 
