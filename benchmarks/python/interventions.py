@@ -15,8 +15,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from paired import ROUNDS, looped, rounds
-from shapes import LLAMA_1B, OLMO2_1B, SMOLLM2_135M, fill, prompt, small
+from paired import ROUNDS, Ratio, looped, rounds
+from shapes import LLAMA_1B, OLMO2_1B, SMOLLM2_135M, Shape, fill, prompt, small
 
 from micro import interventions as iv
 from micro.modeling import MiCRoConfig, MiCRoForCausalLM
@@ -51,6 +51,15 @@ def sides(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def measured(shape: Shape, tokens: int, count: int) -> dict[str, Ratio]:
+    """Time under each block over the time without one."""
+    config = MiCRoConfig(backbone=shape.backbone, **shape.fields())
+    model = MiCRoForCausalLM(config).to(torch.bfloat16).eval()
+    fill(model, shape)
+    taken = rounds({name: looped(run) for name, run in sides(model, prompt(shape, tokens)).items()}, count)
+    return {name: taken.ratio(name, name.split(",")[0]) for name in taken.seconds if "," in name}
+
+
 def main() -> None:
     """Prints one line per block, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,12 +70,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     shape = small(SHAPES[options.shape]) if options.small else SHAPES[options.shape]
-    config = MiCRoConfig(backbone=shape.backbone, **shape.fields())
-    model = MiCRoForCausalLM(config).to(torch.bfloat16).eval()
-    fill(model, shape)
-    ids = prompt(shape, options.tokens)
-    taken = rounds({name: looped(run) for name, run in sides(model, ids).items()}, options.rounds)
-    ratios = {name: taken.ratio(name, name.split(",")[0]) for name in taken.seconds if "," in name}
+    ratios = measured(shape, options.tokens, options.rounds)
     if options.json:
         print(json.dumps({name: vars(ratio) for name, ratio in ratios.items()}, indent=2))
         return

@@ -72,7 +72,8 @@ class Moments:
         def zero(*shape: int) -> Tensor:
             return torch.zeros(layers, experts, *shape, dtype=torch.float64, device=device)
 
-        return cls(zero(), zero(width), zero(width), zero(width, width) if covariance else None)
+        with torch.inference_mode(False):  # may be added to outside
+            return cls(zero(), zero(width), zero(width), zero(width, width) if covariance else None)
 
     @property
     def variance(self) -> Tensor:

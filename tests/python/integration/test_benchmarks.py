@@ -171,3 +171,11 @@ def test_every_goal_is_measured_by_one_experiment(scripts: Any) -> None:
 )
 def test_floor_and_target_know_their_direction(scripts: Any, key: str, value: float, reached: str) -> None:
     assert scripts.goals.BY_KEY[key].reached(value) == reached
+
+
+def test_what_actions_cost_is_measured(scripts: Any) -> None:
+    import interventions
+    from shapes import SMOLLM2_135M, small
+
+    ratios = interventions.measured(small(SMOLLM2_135M), tokens=4, count=1)
+    assert set(ratios) == {f"{side}, {name}" for side in ("model", "engine") for name in interventions.BLOCKS}

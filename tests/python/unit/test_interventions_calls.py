@@ -163,6 +163,15 @@ def test_resampling_does_not_depend_on_how_a_sequence_is_cut(ids):
         assert not torch.equal(model(ids).logits, whole)
 
 
+def test_moments_of_inference_mode_can_be_merged_outside(ids):
+    model, found = small_model(), []
+    for part in (ids[:, :4], ids):
+        with torch.inference_mode(), model.intervene(iv.moments("residual", covariance=True)) as run:
+            model(part)
+        found.append(run.moments("residual"))
+    assert found[0].merge(found[1]).count.flatten().tolist() == [8 + 18] * 3
+
+
 def test_draws_are_uniform_and_differ_from_place_to_place():
     rows = torch.arange(100)[:, None].expand(100, 100).flatten()
     slots = torch.arange(100).repeat(100)
