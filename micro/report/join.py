@@ -72,6 +72,9 @@ def _result(page: Page, found: Collection, member: Found) -> None:
         note = ""
     if note:
         page.html(f'<pre class="notes">{html.escape(note)}</pre>')
+    own = member.path.with_suffix(".html")
+    if own.is_file():
+        page.text(f"A page of its own shows more: {found.place(own)}", quiet=True)
     page.html(settings_html(settings))
 
 

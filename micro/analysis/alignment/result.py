@@ -109,6 +109,12 @@ class AlignmentResult(Result):
         ]
         return require("pandas", "eval", "AlignmentResult.contrast_table").DataFrame(rows)
 
+    def network_table(self) -> pd.DataFrame:
+        """Groups of sets (rows) by networks of voxels (columns): mean over layers of the median r."""
+        frame = require("pandas", "eval", "AlignmentResult.network_table").DataFrame(self.networks)
+        order = list(dict.fromkeys(frame["group"])), list(dict.fromkeys(frame["network"]))
+        return frame.pivot(index="group", columns="network", values="score").loc[order[0], order[1]]
+
     def plot(self) -> Figure:
         from micro.analysis.alignment.figures import alignment_figure
 
@@ -122,6 +128,8 @@ class AlignmentResult(Result):
             lines.append(f"a perfect model reaches {self.ceiling:.3f} (median noise ceiling)")
         if self.contrasts:
             lines += ["", str(self.contrast_table().to_string(index=False, float_format=lambda x: f"{x:.3f}")), ""]
+        if self.networks:
+            lines += ["", str(self.network_table().to_string(float_format=lambda x: f"{x:.3f}")), ""]
         for entry in self.random_units:
             lines.append(
                 f"{entry['set']}: {entry['score']:.3f}; random units {np.mean(entry['null']):.3f} on average, "

@@ -234,11 +234,13 @@ def test_the_planted_expert_layer_and_network_are_found(tmp_path):
     for metric in ("rsa", "topological_rsa", "cka"):
         assert max(result.sets, key=lambda entry: entry[metric]["value"])["name"] == "logic, layer 1"
 
+    assert result.network_table().loc["model: logic", "a"] == scores["logic", "a"]
+
     result.save(tmp_path)
     again = al.AlignmentResult.load(tmp_path)
     assert again == result and np.allclose(again.voxels["logic, layer 1"], result.voxels["logic, layer 1"], atol=1e-6)
     assert (tmp_path / "alignment.csv").read_text().startswith("set,width,r,")
-    assert again.plot().axes and "self-test, ridge: 6 of 6" in str(again)
+    assert again.plot().axes and all(part in str(again) for part in ("self-test, ridge: 6 of 6", "\nmodel: social "))
 
 
 def test_the_corrected_t_test_counts_shared_training_data():

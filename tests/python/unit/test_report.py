@@ -74,6 +74,7 @@ def planted(folder):
     reading_times(note="<script>").save(folder / "b" / "first")
     reading_times().save(folder / "second")
     HarnessResult(rows=[]).save(folder / "a")
+    (folder / "a" / "harness.html").write_text("more")
     (folder / "run").mkdir()
     lines = [{"stage": "induce", "step": step, "loss": 3 / step} for step in (1, 2, 3)]
     (folder / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "ind')
@@ -100,7 +101,16 @@ def test_the_page_joins_all_results_in_the_order_of_the_registry(tmp_path):
     anchors, links = re.findall(r'<h[23] id="([^"]*)"', text), re.findall(r'<a href="#([^"]*)"', text)
     assert anchors == links and len(set(anchors)) == len(anchors)
     assert text.count("data:image/svg+xml;base64,") == 4  # run, harness, two reading times
-    for words in ("0.250", "90 words of 10 sentences", "seed 11", "seed 7", "1234", "does not hold", "@media print"):
+    for words in (
+        "0.250",
+        "90 words of 10 sentences",
+        "seed 11",
+        "seed 7",
+        "1234",
+        "does not hold",
+        "@media print",
+        "a/harness.html",
+    ):
         assert words in text
     for tag in ("<b>", "<i>", "<u>", "<title>A <t"):
         assert tag not in text.replace("<b>holds</b>", "").replace("<b>does not hold</b>", "")
