@@ -52,14 +52,30 @@ class Action:
             raise ValueError(f'heads are columns of the point "heads" only, not of {self.point!r}; give units')
         if self.heads is not None and self.units is not None:
             raise ValueError("give heads or units, not both")
+        _check_places("rows", self.rows)
+        _check_places("positions", self.positions)
+
+
+def _check_places(what: str, given: Positions) -> None:
+    """Rows and slots count from the start: where a row ends changes from call to call."""
+    if given is None or (isinstance(given, Tensor) and given.dtype == torch.bool):
+        return
+    if isinstance(given, slice):
+        numbers = [n for n in (given.start, given.stop, given.step) if n is not None]
+        if given.step == 0:
+            raise ValueError(f"{what}: a slice with step 0 names nothing")
+    else:
+        numbers = torch.as_tensor(given).flatten().tolist()
+    if wrong := [n for n in numbers if isinstance(n, bool) or not isinstance(n, int) or n < 0]:
+        raise ValueError(f"{what}: expected numbers from 0 on, counted from the start, got {wrong[0]!r}")
 
 
 def read(point: Point, *, keep_graph: bool = False, **where: Any) -> Action:
     """Keep the rows: ``run[name]`` is a :class:`Reading`. ``keep_graph=True`` does not detach them, and the layer goes
     on from them (:meth:`Session.parts`); it takes whole rows only.
     """
-    if keep_graph and (where.get("heads") is not None or where.get("units") is not None):
-        raise ValueError("read: keep_graph=True takes whole rows; do not give heads or units")
+    if keep_graph and any(where.get(name) is not None for name in ("heads", "units", "experts")):
+        raise ValueError("read: keep_graph=True takes whole rows; do not give experts, heads or units")
     return Action("read", point, keep_graph=keep_graph, **where)
 
 

@@ -74,10 +74,7 @@ def _slots(action: Action) -> tuple[Tensor | None, tuple[int, int, int] | None]:
     if positions is None:
         return None, None
     if isinstance(positions, slice):
-        first, last, step = positions.start or 0, positions.stop, positions.step or 1
-        if first < 0 or step < 1 or (last is not None and last < 0):
-            raise ValueError(f"positions: {positions} counts from the end; rows of the engine end where they end")
-        return None, (first, 2**62 if last is None else last, step)
+        return None, (positions.start or 0, 2**62 if positions.stop is None else positions.stop, positions.step or 1)
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
         return positions.cpu(), None
     numbers = torch.as_tensor(positions).cpu().long()

@@ -133,9 +133,6 @@ def _first_slot(action: Action, slots: int) -> int:
 
 def _in_row(action: Action, row: int) -> Action:
     """The action on one row of the batch, which its source knows as row 0."""
-    positions = action.positions
-    if isinstance(positions, slice) and min(positions.start or 0, positions.stop or 0, positions.step or 1) < 0:
-        raise ValueError(f"variants: {positions} counts from the end; name slots from the start")
     mine = action.rows is None or 0 in action.rows
     return changed(action, rows=[row] if mine else [], first_row=row, name=None)
 

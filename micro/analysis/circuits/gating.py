@@ -19,8 +19,10 @@ from torch import Tensor
 
 from micro import interventions as iv
 from micro.analysis.batches import IGNORED, batches, encoded, shifted
+from micro.analysis.inputs import evaluating
 from micro.analysis.result import Result
 from micro.interventions.points import axis
+from micro.modeling.losses import language_loss
 from micro.progress import Progress
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ def head_gating(
     learning_rate: float = 0.2,
     seeds: Sequence[int] = (0, 1, 2),
     removed: int | None = None,
+    held_out: Sequence[Record] | None = None,
     controls: dict[str, Any] | None = None,
     encode_options: dict[str, Any] | None = None,
     max_tokens: int = 2048,
@@ -127,6 +130,7 @@ def head_gating(
         learning_rate: of the gates' logits.
         seeds: each draws the gates' start and the order of batches.
         removed: size of the check: so many heads zeroed; an eighth of all if not given.
+        held_out: records of the check; those of the fit if not given, which flatters it.
         controls: steering arguments of the forward passes.
         encode_options: passed to :func:`micro.data.encode`.
         max_tokens: slots per batch.
@@ -142,16 +146,25 @@ def head_gating(
     """
     if strength <= 0:
         raise ValueError(f"strength is {strength}, expected a positive number; its sign is set by the fit")
-    rows = encoded(records, tokenizer, **(encode_options or {}))
-    if not rows:
-        raise ValueError(f"head_gating: none of the {len(records)} records could be encoded")
-    task = _Task(model, [batch for _, batch in batches(rows, tokenizer, max_tokens=max_tokens)], controls or {})
+
+    def task_of(given: Sequence[Record]) -> _Task:
+        rows = encoded(given, tokenizer, **(encode_options or {}))
+        if not rows:
+            raise ValueError(f"head_gating: none of the {len(given)} records could be encoded")
+        return _Task(model, [batch for _, batch in batches(rows, tokenizer, max_tokens=max_tokens)], controls or {})
+
+    task = task_of(records)
+    check = task if held_out is None else task_of(held_out)
     heads = task.shape[0] * task.shape[1] * task.shape[2]
     size = removed or max(1, heads // 8)
     if 2 * size > heads:
         raise ValueError(f"removed is {size}, expected at most half of the {heads} heads")
     fits: dict[str, list[Tensor]] = {"task": [], "open": [], "closed": []}
-    with Progress("head gating", total=3 * steps * len(seeds), unit="steps", enabled=progress) as bar:
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        Progress("head gating", total=3 * steps * len(seeds), unit="steps", enabled=progress) as bar,
+    ):
         for seed in seeds:
             start = task.fit(None, 0.0, steps, learning_rate, seed, bar)
             fits["task"].append(start)
@@ -171,7 +184,8 @@ def head_gating(
         removed=size,
         settings={"strength": strength, "steps": steps, "learning_rate": learning_rate, "seeds": list(seeds)},
     )
-    result.check = _check(task, result, size)
+    result.settings["check"] = "the fitted records" if held_out is None else f"{len(held_out)} held-out records"
+    result.check = _check(check, result, size)
     return result
 
 
@@ -212,16 +226,16 @@ class _Task:
             bar.advance(note=f"loss {loss.item():.3f}")
         return logits.detach()
 
-    @torch.no_grad()
     def loss(self, gates: Tensor) -> float:
         """Mean loss per answer token over all batches, in nats."""
         counts = [int((shifted(batch["labels"]) != IGNORED).sum()) for batch in self.work]
-        losses = [float(self._batch_loss(batch, gates)) for batch in self.work]
+        with evaluating(self.model):
+            losses = [float(self._batch_loss(batch, gates)) for batch in self.work]
         return sum(c * v for c, v in zip(counts, losses, strict=True)) / sum(counts)
 
     def _batch_loss(self, batch: dict[str, Tensor], gates: Tensor) -> Tensor:
-        given = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask", "labels")}
+        """The language loss alone: auxiliary losses of the config are none of the heads' business."""
+        given = {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         with self.model.intervene(iv.scale("heads", gates.to(self.model.device)[..., None])):
-            out = self.model(**given, use_cache=False, skip_logits=True, **self.controls)
-        loss: Tensor = out.lm_loss if out.loss is None else out.loss
-        return loss
+            hidden = self.model.model(**given, use_cache=False, **self.controls).last_hidden_state
+        return language_loss(hidden, self.model.lm_head, batch["labels"].to(self.model.device))

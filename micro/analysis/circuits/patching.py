@@ -18,6 +18,7 @@ from torch import Tensor
 from micro import interventions as iv
 from micro.analysis.circuits.components import Component, Level, components
 from micro.analysis.circuits.prompts import EncodedPair, PromptPair, encode_pair
+from micro.analysis.inputs import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import interval
 from micro.interventions.points import Point
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from micro.modeling import MiCRoForCausalLM
 
 Routes = Literal["clean", "free"]
+LEAST_SHARE = 0.05  # of the median difference: a smaller denominator would decide the mean alone
 
 
 @dataclass
@@ -137,15 +139,14 @@ def patching(
     if level == "slot" and len(lengths) > 1:
         raise ValueError(f'level "slot" needs prompts of one length, these have {sorted(lengths)} tokens')
     parts = components(model.config, point, level, min(lengths))
-    runs = [_PairRun(model, pair, point, routes) for pair in encoded]
-    kept = [run for run in runs if abs(run.clean - run.corrupt) > 1e-9]
-    if not kept:
-        raise ValueError("patching: the model gives the same logits for clean and corrupt in every pair")
-    screen = np.array([run.screen(parts) for run in kept]).T
-    wanted = np.argsort(-np.abs(screen.mean(1)), kind="stable")[: top or len(parts)]
-    effect = np.full(screen.shape, np.nan)
-    for i, run in enumerate(track(kept, "patching", unit="pairs", enabled=progress)):
-        effect[wanted, i] = run.effects([parts[int(w)] for w in wanted], batch)
+    with evaluating(model):
+        runs = [_PairRun(model, pair, point, routes) for pair in encoded]
+        kept = _told_apart(runs)
+        screen = np.array([run.screen(parts) for run in kept]).T
+        wanted = np.argsort(-np.abs(screen.mean(1)), kind="stable")[: top or len(parts)]
+        effect = np.full(screen.shape, np.nan)
+        for i, run in enumerate(track(kept, "patching", unit="pairs", enabled=progress)):
+            effect[wanted, i] = run.effects([parts[int(w)] for w in wanted], batch)
     shown = sorted(int(w) for w in wanted)
     return PatchingResult(
         experts=list(model.config.expert_names or ()),
@@ -155,8 +156,24 @@ def patching(
         clean=[run.clean for run in kept],
         corrupt=[run.corrupt for run in kept],
         excluded=len(runs) - len(kept),
-        settings={"point": point, "level": level, "routes": routes, "screened": len(parts) - len(shown)},
+        settings={
+            "point": point,
+            "level": level,
+            "routes": routes,
+            "screened": len(parts) - len(shown),
+            "excluded": f"pairs whose |m_clean - m_corrupt| is below {LEAST_SHARE} of the median",
+        },
     )
+
+
+def _told_apart(runs: list[_PairRun]) -> list[_PairRun]:
+    """The pairs whose difference is large enough to divide by."""
+    differences = np.abs([run.clean - run.corrupt for run in runs])
+    least = max(1e-9, LEAST_SHARE * float(np.median(differences)))
+    kept = [run for run, difference in zip(runs, differences, strict=True) if difference > least]
+    if not kept:
+        raise ValueError("patching: the model gives the same logits for clean and corrupt in every pair")
+    return kept
 
 
 class _PairRun:

@@ -11,6 +11,7 @@ import torch
 
 from micro import interventions as iv
 from micro.analysis.circuits.components import Component, Level, components
+from micro.analysis.inputs import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, ratio
 from micro.interventions.points import Point
@@ -113,7 +114,8 @@ def removal(
     if not parts or {part.point for part in parts} != {point}:
         raise ValueError(f"removal: only must hold components at the point {point!r}")
     source = _reference(model, point, how, reference)
-    intact = [suite.score(model, {}) for suite in several]
+    with evaluating(model):
+        intact = [suite.score(model, {}) for suite in several]
     result = RemovalResult(
         experts=list(model.config.expert_names or ()),
         tasks=[name for suite in several for name in suite.names],
@@ -124,7 +126,7 @@ def removal(
         settings={"point": point, "level": level, "how": how, "seed": seed, "interval": "95 % paired bootstrap"},
     )
     for part in track(parts, "removal", unit="components", enabled=progress):
-        with model.intervene(_action(part, how, source, seed)):
+        with evaluating(model), model.intervene(_action(part, how, source, seed)):
             scores = [suite.score(model, {}) for suite in several]
         changes = [_change(before, after, seed) for before, after in zip(intact, scores, strict=True)]
         result.change.append([v for change, _ in changes for v in change])
@@ -140,7 +142,7 @@ def _reference(model: MiCRoForCausalLM, point: Point, how: How, ids: torch.Tenso
     if ids is None:
         raise ValueError(f'how="{how}" needs reference: token ids [B,S] of texts to take activations from')
     look = iv.moments(point, name="r") if how == "mean" else iv.read(point, name="r")
-    with torch.no_grad(), model.intervene(look, all_experts=True) as run:
+    with evaluating(model), model.intervene(look, all_experts=True) as run:
         model.model(ids.to(model.device), use_cache=False)
     return run.moments("r").mean if how == "mean" else run.reading("r")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from micro import interventions as iv
 from micro.analysis.circuits.patching import same_routes
 from micro.analysis.circuits.prompts import Text, first_token, token_ids
+from micro.analysis.inputs import evaluating
 from micro.analysis.result import Result
 from micro.progress import track
 
@@ -127,12 +128,13 @@ def self_repair(
         raise ValueError(
             "self_repair: OLMo-2 with FFN experts norms the mixture, so that an expert's write is not a sum"
         )
-    runs = [_PromptRun(model, token_ids(p, tokenizer), first_token(t, tokenizer)) for p, t in prompts]
     wanted = list(range(model.config.num_hidden_layers) if layers is None else layers)
     found: dict[str, np.ndarray[Any, Any]] = {}
-    for part in parts:
-        work = track(runs, f"self-repair, {part}", unit="prompts", enabled=progress)
-        found[part] = np.mean([run.remove(part, wanted) for run in work], axis=0)
+    with evaluating(model):
+        runs = [_PromptRun(model, token_ids(p, tokenizer), first_token(t, tokenizer)) for p, t in prompts]
+        for part in parts:
+            work = track(runs, f"self-repair, {part}", unit="prompts", enabled=progress)
+            found[part] = np.mean([run.remove(part, wanted) for run in work], axis=0)
     return RepairResult(
         prompts=len(prompts),
         direct={part: values[:, 0].tolist() for part, values in found.items()},
@@ -153,7 +155,7 @@ class _PromptRun:
         self.ids = torch.tensor(ids, device=model.device)[None]
         unembedding = model.lm_head.weight.detach().double()
         self.direction = unembedding[target] - unembedding.mean(0)
-        with torch.no_grad(), model.intervene(iv.read("router")) as run:
+        with model.intervene(iv.read("router")) as run:
             routing = model.model(self.ids, use_cache=False, output_routing=True).routing
         self.scores = run.reading("router")
         self.ids_of = routing.ids[:, 0, self.last]  # [L,K]
@@ -187,7 +189,7 @@ class _PromptRun:
     def _direct(self, part: Part, layers: list[int]) -> Tensor:
         """What the removed writes themselves give, [rows]."""
         look = iv.read(part, positions=[self.last], name="write")
-        with torch.no_grad(), self.model.intervene(look) as run:
+        with self.model.intervene(look) as run:
             self.model.model(self.ids, use_cache=False)
         seen = run.reading("write")
         effects = []
@@ -200,7 +202,6 @@ class _PromptRun:
             effects.append((share[:, None] * mine.values.double()).sum(0) @ self.read_out)
         return torch.stack(effects).cpu()
 
-    @torch.no_grad()
     def _run(self, actions: list[iv.Action], rows: int, *, replayed: bool) -> tuple[Tensor, Tensor]:
         """Residual stream at the last slot, float64 [L+1, rows, H]; centred logit of the target [rows]."""
         look = iv.read("residual", positions=[self.last], name="residual")

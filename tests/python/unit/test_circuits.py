@@ -224,6 +224,35 @@ def test_needed_harmful_and_idle_heads_get_their_labels(seed):
     assert labels == ["facilitating", "irrelevant", "irrelevant", "interfering"]
 
 
+def test_auxiliary_losses_and_noise_are_none_of_the_gates_business():
+    ids = random_ids(3, 8)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    plain = _Task(small_model(), [batch], {})
+    noisy = small_model(jitter_noise=0.1, loss_coefficients={"load_balancing_loss": 0.5}).train()
+    loss = _Task(noisy, [batch], {}).loss(torch.ones(plain.shape))
+    assert loss == pytest.approx(plain.loss(torch.ones(plain.shape)))
+    assert noisy.training
+
+
+def test_a_model_in_training_mode_gives_the_same_circuits():
+    plain, noisy = small_model(), small_model(jitter_noise=0.1).train()
+    assert self_repair(noisy, None, prompts()) == self_repair(plain, None, prompts())
+    assert patching(noisy, None, pairs()).effect == patching(plain, None, pairs()).effect
+    assert noisy.training
+
+
+def test_pairs_that_the_model_hardly_tells_apart_do_not_decide_the_mean():
+    model = small_model()
+    twin = pairs(1)[0]
+    with torch.no_grad():
+        table = model.model.embed_tokens.weight
+        table[60] = table[twin.clean[-1]] + 1e-5
+    near = PromptPair(twin.clean, [*twin.clean[:-1], 60], twin.answer, twin.wrong)
+    result = patching(model, None, [*pairs(3), near])
+    assert result.excluded == 1
+    assert len(result.clean) == 3
+
+
 def test_the_gates_loss_is_the_models(model):
     ids = random_ids(3, 8)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

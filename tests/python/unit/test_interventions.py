@@ -233,6 +233,11 @@ def test_the_gradient_of_what_was_read_predicts_a_small_shift(model, ids):
         (lambda: iv.scale("units", torch.ones(3)), "does not fit"),
         (lambda: iv.zero("units", units=torch.ones(3, dtype=torch.bool)), "a mask has shape"),
         (lambda: iv.replace("units"), "give value or source"),
+        (lambda: iv.zero("units", positions=[3, -1]), "positions: expected numbers from 0 on"),
+        (lambda: iv.zero("units", positions=slice(-2, None)), "positions: expected numbers from 0 on"),
+        (lambda: iv.zero("units", positions=slice(0, 4, 0)), "step 0"),
+        (lambda: iv.zero("units", rows=[-1]), "rows: expected numbers from 0 on"),
+        (lambda: iv.read("units", experts="logic", keep_graph=True), "takes whole rows"),
     ],
 )
 def test_wrong_actions_are_refused(make, message, ids):

@@ -90,7 +90,6 @@ def test_replayed_routes_are_those_of_the_record(model, ids):
         ({"controls": [{"replay": 1}]}, "controls may hold"),
         ({"batch": 0}, "batch is 0"),
         ({"input_ids": random_ids(2, 4)}, "expected \\[S\\]"),
-        ({"actions": [[iv.zero("units", positions=slice(-2, None))]]}, "counts from the end"),
     ],
 )
 def test_wrong_calls_are_refused(arguments, message):
