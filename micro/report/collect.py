@@ -101,7 +101,9 @@ def _result(found: Collection, path: Path) -> None:
     try:
         found.results.append(Found(name, path, kind.load_class().load(path)))
     except Exception as error:  # one broken file of many must not cost the page; it says what is missing and why
-        found.unread[path] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        # Fields that a class does not know, or misses, are those of another version.
+        found.unread[path] = f"saved by another version of micro? {told}" if isinstance(error, TypeError) else told
 
 
 def _training(found: Collection, path: Path) -> None:
