@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
+from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
 from micro.analysis.replayed_routes import RecordedRoutes, record_routes, replayed_routes
 from micro.analysis.statistics import Array, ratio
 from micro.analysis.suites import ManySuite, Suite, Traits, traits
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 Routes = Literal["free", "replayed"]
 MOST_EXPERTS = 8  # of which all sets are made: 254
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 GROUP = 8  # conditions that a suite gets at once; scores are kept group by group
 
 
@@ -131,7 +131,7 @@ class ScoreStore:
 
     def key(self, about: list[str], controls: Mapping[str, Any], routes: Routes) -> str:
         """Of everything that decides the scores."""
-        content = json.dumps([about, _plain(controls), routes], sort_keys=True)
+        content = json.dumps([about, plain(controls), routes], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def get(self, key: str) -> tuple[Array, Array] | None:
@@ -141,7 +141,7 @@ class ScoreStore:
             try:
                 with np.load(path, allow_pickle=False) as data:
                     self._kept[key] = (data["sums"], data["counts"])
-            except (OSError, ValueError, KeyError, EOFError) as error:
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 raise ValueError(f"{path}: no scores written by this program ({error}); remove the file") from error
         return self._kept.get(key)
 
@@ -166,9 +166,15 @@ class ScoreStore:
         return f"{type(thing).__name__} {id(thing)}"
 
     def _model(self, model: Any) -> str:
-        if hasattr(model, "named_parameters"):
-            return model_fingerprint(model)
-        return self._identity(model)
+        own = model_fingerprint(model) if hasattr(model, "named_parameters") else self._identity(model)
+        session = open_session(model)
+        if session is not None and self.folder is not None:
+            raise ValueError(
+                "scores are kept on disk by what the model is, and model.intervene changes what it does: close the "
+                "block, or keep no folder"
+            )
+        around = [plain(steering_contexts()), None if session is None else self._identity(session)]
+        return f"{own} {json.dumps(around)}"
 
     def _suite(self, suite: Suite) -> str:
         fingerprint = getattr(suite, "fingerprint", None)
@@ -178,43 +184,6 @@ class ScoreStore:
                 "scores cannot be kept on disk; give it one, or keep no folder"
             )
         return str(fingerprint) if fingerprint is not None else self._identity(suite)
-
-
-@torch.no_grad()
-def model_fingerprint(model: Any) -> str:
-    """Of the config and the bits of every parameter, row by row: integer sums, so it does not depend on device or
-    threads, and a training step or an exchange of experts changes it. Not made against forgery.
-    """
-    digest = hashlib.sha256(type(model).__name__.encode())
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_string"):
-        digest.update(config.to_json_string().encode())
-    for name, parameter in model.named_parameters():
-        bits = parameter.detach().contiguous().reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-        rows = bits.view(_INTEGERS[bits.element_size()]).sum(-1, dtype=torch.int64)
-        digest.update(
-            repr((name, tuple(parameter.shape), str(parameter.dtype))).encode() + rows.cpu().numpy().tobytes()
-        )
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """A control as JSON types; tensors by their content."""
-    if isinstance(value, torch.Tensor):
-        bytes_ = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(bytes_).hexdigest()]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(inner) for inner in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    raise TypeError(
-        f"controls: {value!r} of type {type(value).__name__} cannot be compared between runs; give names, numbers or "
-        "tensors"
-    )
 
 
 @contextmanager

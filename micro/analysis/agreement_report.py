@@ -378,12 +378,13 @@ def _other_samples(name: str, decisions: Decisions, experts: int, draws: int, se
 
 
 def _null(name: str, kind: str, entries: list[dict[str, Array]]) -> dict[str, Any]:
-    """Mean over draws, and where 95 % of them lie."""
+    """Mean over draws, and where 95 % of them lie (of fewer than 40: all)."""
+    tail = 0.025 if len(entries) >= 40 else 0.0
     out: dict[str, Any] = {"first": name, "second": kind, "draws": len(entries)}
     for key in entries[0]:
         values = np.stack([entry[key] for entry in entries])
         known = ~np.isnan(values)
         out[key] = plain(ratio(np.where(known, values, 0.0).sum(0), known.sum(0).astype(np.float64)))
-        low, high = np.quantile(values, [0.025, 0.975], axis=0)
+        low, high = np.nanquantile(values, [tail, 1 - tail], axis=0)
         out[f"{key}_interval"] = plain(np.stack([low, high], -1))
     return out

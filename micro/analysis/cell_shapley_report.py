@@ -106,7 +106,7 @@ def cell_shapley(
         A :class:`CellShapleyReport`.
 
     Raises:
-        ValueError: fewer than two orders, or an unknown expert.
+        ValueError: fewer than two orders (antithetic: two pairs), or an unknown expert.
 
     Source: capabilities.md 8; Castro et al. (2009); Ghorbani and Zou (2019, 2020).
     """
@@ -115,6 +115,10 @@ def cell_shapley(
     chosen = list(known if experts is None else experts)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"cell_shapley: unknown expert {unknown[0]!r}; known are {', '.join(known)}")
+    if orders < (least := 4 if antithetic else 2):
+        raise ValueError(
+            f"cell_shapley: orders is {orders}, expected at least {least}: one alone has no standard error"
+        )
     store = ScoreStore() if store is None else store
     about = store.about(model, several)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -286,7 +287,7 @@ class SampleCounts:
         try:
             with np.load(path, allow_pickle=False) as data:
                 return cls(**{f.name: data[f.name] for f in fields(cls)})
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
             raise ValueError(f"{path}: no routing counts of `micro route` ({error})") from error
 
 

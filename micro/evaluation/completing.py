@@ -102,12 +102,12 @@ class Completer:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
         options: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
-            torch.manual_seed(seeds[0])
             drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
             options = {"do_sample": True, **drawn}
         if watch.until:
             options["stopping_criteria"] = [watch.criterion()]
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seeds[0])
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from micro.analysis.ablation_scores import expert_names, model_fingerprint
+from micro.analysis.ablation_scores import expert_names
+from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
 from micro.analysis.statistics import Array, bootstrap, ratio
 from micro.errors import MissingExtraError, choices
 from micro.evaluation.candidates import split_controls
@@ -208,6 +209,8 @@ class _Kept:
 
     def __init__(self, folder: Path | None, model: Any) -> None:
         self.folder, self.model = folder, model
+        if folder is not None and open_session(model) is not None:
+            raise ValueError("suites.run: outcomes cannot be kept in a folder inside model.intervene; give no output")
         self._model = "" if folder is None else model_fingerprint(model)
 
     def __call__(
@@ -216,7 +219,7 @@ class _Kept:
         shown = told if progress else False
         if self.folder is None:
             return suite.outcomes(self.model, controls, progress=shown)
-        key = [self._model, suite.fingerprint, repr(sorted(controls.items()))]
+        key = [self._model, suite.fingerprint, plain(controls), plain(steering_contexts())]
         path = self.folder / f"{suite.task}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["outcomes"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from planted_suites import Planted, model
 
+import micro
 from micro import analysis
 from micro.analysis.ablation_scores import (
     INTACT,
@@ -245,10 +246,30 @@ def test_a_foreign_file_among_the_scores_is_named(tmp_path):
     store = ScoreStore(tmp_path)
     score(one, [suite], [INTACT], store=store)
     [file] = tmp_path.glob("*.npz")
-    file.write_bytes(b"something else")
-    store._kept.clear()
-    with pytest.raises(ValueError, match=file.name):
-        score(one, [suite], [INTACT], store=store)
+    for wrong in (b"something else", file.read_bytes()[:40]):
+        file.write_bytes(wrong)
+        store._kept.clear()
+        with pytest.raises(ValueError, match=file.name):
+            score(one, [suite], [INTACT], store=store)
+
+
+def test_what_is_open_around_a_model_is_part_of_the_key(tmp_path):
+    from small_models import small_model
+
+    from micro import interventions as iv
+
+    one, suite = small_model(), Planted(loss, fingerprint="v1")
+    store, disk = ScoreStore(), ScoreStore(tmp_path)
+    plain = store.about(one, [suite])
+    with micro.steering.ablate("logic"):
+        steered = store.about(one, [suite])
+    with micro.steering.ablate("social"):
+        assert plain != steered != store.about(one, [suite])
+    with one.intervene(iv.zero("heads", layers=0)):
+        assert store.about(one, [suite]) != plain
+        with pytest.raises(ValueError, match="close the block, or keep no folder"):
+            disk.about(one, [suite])
+    assert store.about(one, [suite]) == plain
 
 
 # ---------------------------------------------------------------- what is refused, what a suite says

@@ -57,3 +57,8 @@ def test_a_stopped_run_goes_on_and_reads_back(tmp_path):
     first.save(tmp_path)
     assert CellShapleyReport.load(tmp_path) == first
     assert len(first.plot().axes) == 1 and len(first.table()) == LAYERS
+
+
+def test_one_pair_of_orders_has_no_standard_error_and_is_refused():
+    with pytest.raises(ValueError, match="orders is 2, expected at least 4"):
+        cell_shapley(model(layers=LAYERS), Planted(loss, layers=LAYERS), orders=2)
