@@ -77,7 +77,11 @@ def test_opcheck():
         ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"mask must be \[3\], got \[4\]"),
         ({"layer_weights": torch.ones(3)}, ValueError, r"layer_weights must be \[2\], got \[3\]"),
         ({"layer_weights": torch.ones(2, dtype=torch.int64)}, TypeError, "layer_weights must be a floating type"),
-        ({"layer_weights": torch.ones(2, device="meta")}, ValueError, "layer_weights are on meta but logits are on cpu"),
+        (
+            {"layer_weights": torch.ones(2, device="meta")},
+            ValueError,
+            "layer_weights are on meta but logits are on cpu",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(change, error, words):
