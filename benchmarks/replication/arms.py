@@ -15,7 +15,7 @@ from benchmarks.replication.plan import Arm, Job, Setup, Size
 from micro.errors import RunError
 from micro.progress import Progress
 from micro.training import Recipe, Source, Stage, run
-from micro.training.backbone import quiet_transformers, read_tokenizer, start
+from micro.training.backbone import quiet_transformers
 from micro.training.plan import Plan
 
 INDUCE, CALIBRATE, FINISH, JOINT = "induce", "calibrate", "finish", "joint"
@@ -125,9 +125,9 @@ def execute(job: Job, places: Places, plan_digest: str, *, most_tokens: int) -> 
     folder = places.run(job.name)
     origin = backbone_of(job, places)
     wanted = recipe(job, origin, records, chats)
-    if not folder.exists():
-        _check_tokens(job, run(wanted, output_dir=folder, dry_run=True, quiet=True).plan, most_tokens)
-    tokenizer = _tokenizer(wanted)
+    planned = run(wanted, output_dir=folder, dry_run=True, quiet=True)
+    _check_tokens(job, planned.plan, most_tokens)
+    tokenizer = planned.tokenizer
     held_out = Items.of(
         data.held_out_records(setup), tokenizer, max_length=4 * setup.max_length, max_tokens=setup.eval_tokens
     )
@@ -194,12 +194,6 @@ def clean(job: Job, places: Places, *, branches: bool) -> None:
         shutil.rmtree(places.stage_2(job.name), ignore_errors=True)
     if job.source is not None:
         shutil.rmtree(places.stage_2(job.source), ignore_errors=True)
-
-
-def _tokenizer(wanted: Recipe) -> Any:
-    path = Path(wanted.backbone)
-    with quiet_transformers():
-        return read_tokenizer(path) if path.is_dir() else start(wanted)[1]
 
 
 def _stability(

@@ -158,7 +158,7 @@ def train(settings: Pretraining, folder: Path, *, precision: str, steps: int | N
         model.eval().save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         receipt = json.loads((_tokenizer_folder(folder, steps) / "corpus.json").read_text())
-        note = {"settings": asdict(settings), "corpus": receipt, "tokens": rows.tokens, "log": log}
+        note = {"settings": asdict(settings), "corpus": receipt, "different_tokens": rows.tokens, "log": log}
         note["parameters"] = sum(p.numel() for p in model.parameters())
         write_text(beside / "pretraining.json", json.dumps(note, indent=1) + "\n")
     shutil.rmtree(running, ignore_errors=True)

@@ -170,7 +170,7 @@ BACKBONE = Pretraining(
         "tie_word_embeddings": False,
     },
     vocabulary=4096,
-    tokens=3_000_000,
+    tokens=5_000_000,
     rows=16,
     length=256,
     learning_rate=2e-3,
