@@ -22,6 +22,7 @@ from micro.analysis.statistics import Array
 from micro.analysis.suites import SHARE
 from micro.errors import MissingExtraError
 from micro.evaluation.candidates import CandidateScorer
+from micro.evaluation.suites.choice import document_start
 
 if TYPE_CHECKING:
     from micro.modeling import MiCRoForCausalLM
@@ -190,7 +191,7 @@ class SyntaxGym:
     """The suites as one task: one row per suite, the score is the share of items for which all formulas hold.
 
     A region's surprisal is the sum over its tokens in bits, with the space before it; an empty region has 0. Regions
-    are joined by one space, none before punctuation; the sentence begins as the tokenizer begins a text.
+    are joined by one space, none before punctuation; the sentence begins as a document does.
 
     Args:
         tokenizer: of the model.
@@ -267,8 +268,13 @@ class SyntaxGym:
                 asked.append((i, key))
                 prompts.append(before)
                 regions.append([text])
+        start = document_start(self.tokenizer)
         scorer = CandidateScorer(
-            model, self.tokenizer, controls=controls, max_tokens=self.max_tokens, progress=progress
+            model,
+            encode=lambda text: [*start, *self.tokenizer(text)["input_ids"]],
+            controls=controls,
+            max_tokens=self.max_tokens,
+            progress=progress,
         )
         for (i, key), (score,) in zip(asked, scorer.score(prompts, regions), strict=True):
             values[i][key] = -score.logprob / math.log(2)

@@ -11,7 +11,7 @@ from micro import analysis
 from micro.cli import main as cli
 from micro.evaluation import suites
 from micro.evaluation.suites import Item, SuitesResult, arithmetic, facts, reasoning, theory_of_mind, wordnet
-from micro.evaluation.suites.choice import ChoiceSuite
+from micro.evaluation.suites.choice import ChoiceSuite, document_start
 from micro.evaluation.suites.items import draw_records, rules
 from micro.evaluation.suites.run import summarise
 from micro.modeling import MiCRoForCausalLM
@@ -278,6 +278,25 @@ def test_prompts_go_into_the_chat_template_and_the_answer_begins_outside(model, 
     assert len(suite.outcomes(model, {})[0]["logprobs"]) == 2
 
 
+class Bare:
+    """A tokenizer with few attributes."""
+
+    def __init__(self, starts=False, **ids):
+        self.starts, self.all_special_ids = starts, list(ids.values())
+        self.__dict__ |= ids
+
+    def __call__(self, text):
+        return {"input_ids": [*([self.bos_token_id] if self.starts else []), 9]}
+
+
+def test_texts_begin_as_documents_do(tokenizer):
+    assert document_start(tokenizer) == [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    assert document_start(Bare(starts=True, bos_token_id=1, eos_token_id=2)) == []
+    assert document_start(Bare(bos_token_id=1, eos_token_id=2)) == [1]
+    assert document_start(Bare(eos_token_id=2)) == [2]
+    assert document_start(Bare()) == []
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -356,8 +375,9 @@ def test_the_command_writes_everything(model, tokenizer, tmp_path, capsys):
 def test_log_likelihood_of_an_answer_is_what_the_saved_item_says(model, tokenizer):
     suite = suites.make("facts", tokenizer, items=2)
     item, outcome = suite.items[0], suite.outcomes(model, {})[0]
-    ids = tokenizer(item.prompt + item.candidates[0])["input_ids"]
-    first = len(tokenizer(item.prompt)["input_ids"])
+    start = [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    ids = start + tokenizer(item.prompt + item.candidates[0])["input_ids"]
+    first = 1 + len(tokenizer(item.prompt)["input_ids"])
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     want = sum(float(logits[t - 1, ids[t]]) for t in range(first, len(ids)))

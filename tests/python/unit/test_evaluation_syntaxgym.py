@@ -71,7 +71,8 @@ def model(tokenizer):
 
 def bits(model, tokenizer, before, text):
     """Surprisal of a text behind another, token by token."""
-    first, ids = len(tokenizer(before)["input_ids"]), tokenizer(before + text)["input_ids"]
+    start = [tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    first, ids = 1 + len(tokenizer(before)["input_ids"]), start + tokenizer(before + text)["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return -sum(float(logits[t - 1, ids[t]]) for t in range(first, len(ids))) / math.log(2)
