@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from micro.analysis.fingerprints import model_fingerprint, open_session, plain
 from micro.evaluation.cogbench.experiment import Query
+from micro.modeling.controls import ACTIVE, Phases
 
 
 @runtime_checkable
@@ -50,7 +52,7 @@ class ModelAgent:
         batch_size: prompts that are completed together; so many runs are played side by side.
         max_new_tokens: length of a reply.
         engine: complete with the C++ engine, same tokens as the model; default: where the model has one and is on the
-            CPU.
+            CPU. Inside ``model.intervene`` the model itself answers.
         controls: steering arguments of every call, ``{"ablate": "social"}`` say.
         trailing_space: keep the space at the end of a forced beginning ("Machine "), as published. Most tokenizers make
             a letter and the space before it one token: after a space of its own such a model goes on with a digit or
@@ -84,6 +86,20 @@ class ModelAgent:
         self._reader = _Reader(model, max_new_tokens, self.controls) if wanted else None
         self._limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
+    def check_keepable(self) -> None:
+        """Whether :attr:`name` says what decides the answers, so that a table may be kept under it.
+
+        Raises:
+            ValueError: a block of ``model.intervene`` is open.
+            TypeError: a control is a function.
+        """
+        _plain(self.controls)
+        if open_session(self.model) is not None:
+            raise ValueError(
+                "cogbench: a block of model.intervene is open, and tables in output would later be taken for some that "
+                "were played without it; leave out output and save the result somewhere else"
+            )
+
     def answer(self, queries: Sequence[Query], runs: Sequence[int]) -> list[str]:
         texts = [query.text if self._trailing_space else query.text.rstrip(" ") for query in queries]
         ids = [list(self.tokenizer(text)["input_ids"]) for text in texts]
@@ -96,7 +112,9 @@ class ModelAgent:
         replies: list[list[int]] = []
         for start in range(0, len(ids), self.batch_size):
             part = slice(start, start + self.batch_size)
-            complete = self._generate if self._reader is None else self._reader.complete
+            # The engine does not meet the actions of a block.
+            reader = self._reader if open_session(self.model) is None else None
+            complete = self._generate if reader is None else reader.complete
             replies += complete(ids[part], runs[part])
         return [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
 
@@ -135,6 +153,7 @@ class _Reader:
         self._length, self._controls = max_new_tokens, dict(controls)
         self._stops = _stop_ids(model)
         self._read: dict[int, list[int]] = {}  # run -> tokens that its row holds; rows stand in this order
+        self._steered = ACTIVE.get()  # the blocks under which they were read
 
     def complete(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
         """Greedy continuations, each ending with a stop token or after the wanted number of tokens."""
@@ -156,8 +175,9 @@ class _Reader:
 
     def _unread(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
         """Bring the engine's rows to the common beginnings; what is left of each prompt, at least one token."""
-        if not set(runs) <= set(self._read):
+        if self._steered is not ACTIVE.get() or not set(runs) <= set(self._read):
             self._engine.reset()
+            self._steered = ACTIVE.get()
             self._read = dict(zip(runs, map(list, prompts), strict=True))
             return prompts
         rows = list(self._read)
@@ -186,10 +206,15 @@ def _stop_ids(model: Any) -> set[int]:
 
 
 def _fingerprint(model: Any, controls: Mapping[str, Any]) -> str:
-    """Class, name and a hash over shapes and first values of all parameters: enough to tell two models apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().reshape(-1)[:16].float().cpu().numpy().tobytes())
-    told = f", {dict(sorted(controls.items()))}" if controls else ""
-    return f"{type(model).__name__} {digest.hexdigest()[:12]}{told}"
+    """Class, a hash over the config and the bits of all parameters, and the controls: what decides the answers."""
+    try:
+        told = f", {json.dumps(_plain(controls), sort_keys=True)}" if controls else ""
+    except TypeError:
+        told = f", {dict(controls)}"
+    return f"{type(model).__name__} {model_fingerprint(model)[:16]}{told}"
+
+
+def _plain(controls: Mapping[str, Any]) -> Any:
+    """Controls as JSON types, tensors by their content; TypeError for what cannot be compared between runs."""
+    phases = {name: {"phases": vars(value)} for name, value in controls.items() if isinstance(value, Phases)}
+    return plain({**controls, **phases})

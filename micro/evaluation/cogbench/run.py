@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from micro.analysis.fingerprints import plain, steering_contexts
 from micro.analysis.statistics import Array
 from micro.errors import require
 from micro.evaluation.cogbench.agents import Agent, ModelAgent, RandomAgent
@@ -66,8 +67,9 @@ def run(
         A :class:`CogBenchResult`; it is also saved where ``output`` is given.
 
     Raises:
-        ValueError: unknown names, numbers out of range, or an output folder that holds a run with other settings.
-        TypeError: a model without a tokenizer.
+        ValueError: unknown names, numbers out of range, an output folder that holds a run with other settings, or
+            ``output`` inside ``model.intervene``, of which a folder could not tell.
+        TypeError: a model without a tokenizer; ``output`` with controls that are functions.
         MissingExtraError: without pandas or SciPy (extra ``eval``).
 
     Source: CogBench (Coda-Forno et al. 2024), text completion, greedy, two tokens after a forced beginning.
@@ -80,9 +82,12 @@ def run(
         require(module, "eval", "micro.evaluation.cogbench")
     agent = _agent(model, tokenizer, preset, batch_size, controls)
     folder = None if output is None else Path(output)
+    if folder is not None and isinstance(agent, ModelAgent):
+        agent.check_keepable()
+    around = _around(folder)
     tables, replies = {}, {}
     for name in names:
-        settings = {"agent": agent.name, "preset": preset, "runs": counts[name], "seed": seed}
+        settings = {"agent": agent.name, "preset": preset, "runs": counts[name], "seed": seed, **around}
         saved = None if folder is None else _saved(folder, name, settings)
         if saved is None:
             saved = play(name, agent, runs=counts[name], seed=seed, preset=preset, progress=progress)
@@ -99,7 +104,7 @@ def run(
         progress=progress,
     )
     result.agent, result.replies = agent.name, replies
-    result.settings |= {"runs": counts}
+    result.settings |= {"runs": counts, **around}
     if folder is not None:
         result.save(folder)
     return result
@@ -267,6 +272,13 @@ def _agent(model: Any, tokenizer: Any, preset: str, batch_size: int, controls: M
     return ModelAgent(model, tokenizer, batch_size=batch_size, controls=controls, trailing_space=preset == "published")
 
 
+def _around(folder: Path | None) -> dict[str, Any]:
+    """The blocks of ``micro.steering`` that are open around a run, if any."""
+    if not (blocks := steering_contexts()):
+        return {}
+    return {"steering": [[name, str(value)] for name, value in blocks] if folder is None else plain(blocks)}
+
+
 def _baseline_name(baseline: str | None, preset: str) -> str:
     source = baseline or ("own" if preset == "clean" else "published")
     if source not in BASELINES:
@@ -312,7 +324,8 @@ def _saved(folder: Path, name: str, settings: dict[str, Any]) -> tuple[Any, dict
         return None
     content = json.loads(note.read_text(encoding="utf-8"))
     if content["settings"] != settings:
-        other = [key for key in settings if content["settings"].get(key) != settings[key]]
+        both = {**settings, **content["settings"]}
+        other = [key for key in both if content["settings"].get(key) != settings.get(key)]
         raise ValueError(
             f"{note}: made with another {' and '.join(other)}; name another output folder, or remove this file to play "
             f"{name} again"

@@ -1,5 +1,6 @@
 """S_BRE, agents, runs that resume, results and the command."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 from small_models import small_model
 
+from micro import interventions as iv
+from micro import steering
 from micro.cli import main
 from micro.evaluation import cogbench
 from micro.evaluation.cogbench import balloon, instrumental, restless_bandit, two_step
@@ -253,6 +256,91 @@ def test_controls_reach_the_model_and_its_name(player):
     assert plain.answer(queries, range(12)) != steered.answer(queries, range(12))
     assert plain.name != steered.name
     assert plain.name != cogbench.ModelAgent(small_model(seed=4, vocab_size=512), tokenizer).name
+
+
+def named(model, tokenizer, **options):
+    return cogbench.ModelAgent(model, tokenizer, engine=False, **options).name
+
+
+def test_the_name_of_a_model_changes_with_any_of_its_weights_and_with_its_config(player):
+    tokenizer = player[1]
+
+    def model():
+        return small_model(dtype=torch.float32, vocab_size=512)
+
+    plain = named(model(), tokenizer)
+    assert named(model(), tokenizer) == plain
+    with torch.no_grad():
+        for name, _ in model().named_parameters():
+            changed = model()
+            changed.get_parameter(name).reshape(-1)[-1].add_(1e-3)  # of the last expert
+            assert named(changed, tokenizer) != plain, name
+    assert named(small_model(dtype=torch.float32, vocab_size=512, num_experts_per_tok=2), tokenizer) != plain
+
+
+def test_controls_are_told_by_their_content(player):
+    base = torch.zeros(1, 1, 1, 4)
+    near = base.clone()
+    near[..., 2] = 1e-6  # not seen in four digits
+    names = [named(*player, controls={"bias": bias}) for bias in (base, base.clone(), near, base.double())]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    mixed = [{"ablate": ["logic", "social"], "experts_per_token": 1}, {"experts_per_token": 1}]
+    assert named(*player, controls=mixed[0]) == named(*player, controls=dict(reversed(mixed[0].items())))
+    assert named(*player, controls=mixed[0]) != named(*player, controls=mixed[1])
+    phases = [steering.Phases(prompt=p, answer="logic") for p in (base, base.clone(), near)]
+    names = [named(*player, controls={"bias": phase}) for phase in phases]
+    assert names[0] == names[1] != names[2]
+
+
+def test_another_model_does_not_resume_a_table(player, short, tmp_path):
+    options = {"experiments": "horizon", "runs": 1, "draws": 2, "baseline": "published", "output": tmp_path}
+    model, tokenizer = player
+    cogbench.run(model, tokenizer, **options)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].blocks.down_proj.weight[-1].add_(0.5)
+    with pytest.raises(ValueError, match="made with another agent"):
+        cogbench.run(other, tokenizer, **options)
+
+
+def test_a_kept_table_knows_the_blocks_that_were_open(player, tmp_path):
+    model, tokenizer = player
+    options = {"experiments": "horizon", "runs": 1, "draws": 2, "baseline": "published"}
+    kept = tmp_path / "kept"
+    with model.intervene(iv.zero("units", experts="logic")):
+        with pytest.raises(ValueError, match=r"a block of model\.intervene is open"):
+            cogbench.run(model, tokenizer, output=kept, **options)
+        cogbench.run(model, tokenizer, **options)
+    with pytest.raises(TypeError, match="cannot be compared between runs"):
+        cogbench.run(model, tokenizer, output=kept, controls={"force": lambda row, step: None}, **options)
+    assert not kept.exists()
+    free = cogbench.run(model, tokenizer, output=kept, **options)
+    with steering.ablate("logic"), pytest.raises(ValueError, match="made with another steering"):
+        cogbench.run(model, tokenizer, output=kept, **options)
+    assert strip(cogbench.run(model, tokenizer, output=kept, **options)) == strip(free)
+    with steering.ablate("logic"):
+        steered = [cogbench.run(model, tokenizer, output=tmp_path / "steered", **options) for _ in range(2)]
+    assert steered[0].settings["steering"] == [["ablate", "logic"]]
+    assert strip(steered[0]) == strip(steered[1])
+    with pytest.raises(ValueError, match="made with another steering"):
+        cogbench.run(model, tokenizer, output=tmp_path / "steered", **options)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_open_blocks_reach_the_answers_and_do_not_stay(player, engine):
+    model, tokenizer = player
+    queries = [cogbench.Query(f"Number {n}: Machine ", ()) for n in range(12)]
+    agent = cogbench.ModelAgent(model, tokenizer, engine=engine)
+    free = agent.answer(queries, range(12))
+    with model.intervene(iv.zero("block_output")):
+        still = agent.answer(queries, range(12))
+    assert agent.answer(queries, range(12)) == free != still
+    with steering.keep("social"):
+        steered = agent.answer(queries, range(12))
+    wanted = cogbench.ModelAgent(model, tokenizer, engine=False, controls={"keep": "social"}).answer(queries, range(12))
+    assert steered == wanted != free
+    assert agent.answer(queries, range(12)) == free
 
 
 def test_a_prompt_that_is_too_long_is_an_error(player):
