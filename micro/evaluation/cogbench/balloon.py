@@ -69,7 +69,7 @@ class Balloon(Experiment):
     def evidence(self, frame: Any, preset: str) -> Evidence:
         """Mean pumps per balloon, the bursting pump included, and mean points.
 
-        One row per balloon; of a table with one row per step (pumps counted up), the last row of each balloon.
+        One row per balloon; of a table with one row per step, the last row of each balloon (:func:`_last_steps`).
         """
         frame, run = ordered(frame, "trial")
         both: Array = np.stack([numbers(frame, "pumps"), numbers(frame, "reward")], 1)
@@ -82,18 +82,40 @@ class Balloon(Experiment):
 
 
 def _last_steps(frame: Any, run: Integers, pumps: Array) -> Integers:
-    """Rows that end a balloon: all of them, unless rows of the same balloon count its pumps up one by one."""
-    kind, turn = numbers(frame, "balloon_idx"), numbers(frame, "balloon_trial")
+    """Rows that end a balloon: all of them, unless rows of the same balloon count its pumps up one by one.
+
+    A balloon is told by run, ``balloon_idx`` (its type) and ``balloon_trial`` (the how-manieth of its type); by run and
+    ``balloon_idx`` where that counts all balloons; or else by run and ``trial``. ``trial`` may count balloons, steps
+    within a balloon or all steps.
+    """
+    kind, turn, trial = (numbers(frame, name) for name in ("balloon_idx", "balloon_trial", "trial"))
     limits = len(np.unique(numbers(frame, "max_pumps")))
-    # balloon_idx is the type, and balloon_trial its how-manieth balloon; or balloon_idx counts all balloons.
     counted = len(np.unique(kind)) > max(limits, len(LIMITS))
-    keys = np.stack([run, kind, np.zeros(len(run)) if counted else turn], 1)
-    same = (keys[1:] == keys[:-1]).all(1)
-    step = np.diff(pumps)
     everyone = np.arange(len(run))
-    if not same.any() or not np.isin(step[same], (0, 1)).all():
-        return everyone
-    ends: Integers = everyone[np.append(~same, True)]
+    for columns in ([run, kind] if counted else [run, kind, turn], [run, trial]):
+        keys, balloon = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
+        if len(keys) == len(run):
+            return everyone
+        ends = _ends(balloon.reshape(-1), pumps)
+        if ends is not None:
+            return ends
+    return everyone
+
+
+def _ends(balloon: Integers, pumps: Array) -> Integers | None:
+    """The last row of each balloon; None if rows of a balloon do not count its pumps up from 0 or 1, one by one.
+
+    The last step may repeat the number of pumps: the answer that ended the balloon.
+    """
+    order = np.lexsort((pumps, balloon))  # stable: rows of as many pumps stay in the order of trials
+    sizes = pumps[order]
+    same = balloon[order][1:] == balloon[order][:-1]
+    first, last = np.append(True, ~same), np.append(~same, True)
+    step = np.diff(sizes)
+    counts = (step == 1) | ((step == 0) & last[1:])
+    if (sizes[first] > 1).any() or not counts[same].all():
+        return None
+    ends: Integers = np.sort(order[last])
     return ends
 
 

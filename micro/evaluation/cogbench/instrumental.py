@@ -106,11 +106,12 @@ class Instrumental(Experiment):
 
 
 def _twice(rows: list[Row], tasks: list[int]) -> list[Row]:
-    """Every row, then its copy under the casino of the next visit, as published tables have them."""
+    """Every row, then its copy under the casino of the next visit, as published tables have them. The means stay those
+    of the casino that was visited.
+    """
     out = []
     for row, following in zip(rows, [*tasks[1:], tasks[-1]], strict=True):
-        means = CASINOS[following]
-        out += [row, {**row, "task": following, "mean0": means[0], "mean1": means[1]}]
+        out += [row, {**row, "task": following}]
     return out
 
 

@@ -54,15 +54,16 @@ class ProbabilisticReasoning(Experiment):
         """Least squares of the answer's logit on the logits of prior and likelihood, no intercept, both conditions.
 
         Performance: one minus the mean absolute distance to Bayes' rule, over all answers (for both presets: the
-        published trimming of the largest errors is found in the human value only).
+        published trimming of the largest errors is found in the human value only). Answers outside 0..1 count as the
+        nearest of both, and the details say how many there were.
         """
         frame, run = ordered(frame)
         prior, share, answer = (numbers(frame, name) for name in ("prior", "lh", "left_pred"))
         for name, values in (("prior", prior), ("lh", share)):
             if ((values <= 0) | (values >= 1)).any():
                 raise ValueError(f"column {name!r}: expected probabilities between 0 and 1, exclusively")
-        if ((answer < 0) | (answer > 1)).any():
-            raise ValueError("column 'left_pred': expected probabilities from 0 to 1")
+        outside = int(((answer < 0) | (answer > 1)).sum())
+        answer = np.clip(answer, 0, 1)
         likelihood = np.where(flags(frame, "red_observation") == 1, share, 1 - share)
         joint = prior * likelihood
         errors = np.abs(answer - joint / (joint + (1 - prior) * (1 - likelihood)))
@@ -73,7 +74,7 @@ class ProbabilisticReasoning(Experiment):
             self.metrics,
             len(error),
             lambda w: np.append(weights(w), 1 - (w @ error) / (w @ count)),
-            {"rows": len(frame)},
+            {"rows": len(frame), "answers_outside_0_1": outside},
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -48,8 +49,8 @@ class RestlessBandit(Experiment):
                     default=0.0,
                     state={**state, "asked": "confidence", "choice": choice},
                 )
-                # The published environment has moved on to the next block when it is asked for the better machine.
-                swapped = preset == "published" and block_trial == length - 1 and block < len(BLOCKS) - 1
+                # The published environment has swapped the means, behind the last block too, when it is asked.
+                swapped = preset == "published" and block_trial == length - 1
                 rows.append(
                     {
                         "run": run,
@@ -68,14 +69,15 @@ class RestlessBandit(Experiment):
     def evidence(self, frame: Any, preset: str) -> Evidence:
         """Per run, the mean of 1 - (right - confidence)², confidence rescaled to the run's range.
 
-        Which machine was better is inferred per block from choices and ``accurate``. ``clean`` judges every trial by
-        its own block; ``published`` judges the last trial of a block by the next block. Where the column contradicts
-        itself it is taken as it stands, and the details say so.
+        ``published`` takes ``accurate`` as it stands. ``clean`` judges the last trial of every block anew in runs that
+        carry the published slip in all of their blocks (:func:`_repaired`). All other runs are taken as they stand,
+        even where rows of a block contradict each other; the details say how many of them do.
         """
         frame, run = ordered(frame, "block", "block_trial")
         reward, stored = numbers(frame, "reward"), flags(frame, "accurate")
         confidence = numbers(frame.fillna({"confidence": 0.0}), "confidence")
-        right, kept = _accuracy(frame, run, stored, preset)
+        repaired, states = _accuracy(frame, run, stored)
+        right = repaired if preset == "clean" else stored
         values = np.zeros((int(run.max()) + 1, 2))
         for r in range(len(values)):
             mine = run == r
@@ -90,7 +92,8 @@ class RestlessBandit(Experiment):
             "rows": len(frame),
             "accuracy": float(right.mean()),
             "changed_accuracies": int((right != stored).sum()),
-            "runs_with_contradicting_accuracy": kept,
+            "runs_with_published_slip": states["published"],
+            "runs_with_contradicting_accuracy": states["contradicting"],
         }
         return Evidence(self.metrics, len(values), statistic, details)
 
@@ -100,43 +103,40 @@ def _rescaled(confidence: Array) -> Array:
     return confidence if low == high else (confidence - low) / (high - low)
 
 
-def _accuracy(frame: Any, run: Integers, stored: Array, preset: str) -> tuple[Array, int]:
-    """Whether each choice was right, judged as the preset wants, and the number of runs taken as they stand."""
+def _accuracy(frame: Any, run: Integers, stored: Array) -> tuple[Array, Counter[str]]:
+    """Whether each choice was right, repaired where that is possible, and how many runs there are of each kind."""
     _, choice = np.unique(np.asarray([str(value) for value in frame["choice"].tolist()]), return_inverse=True)
     if choice.max() > 1:
         raise ValueError("column 'choice': expected two machines, got more")
     block = numbers(frame, "block")
-    right, contradicting = stored.copy(), 0
+    right, states = stored.copy(), Counter[str]()
     for r in range(int(run.max()) + 1):
         rows = np.flatnonzero(run == r)
-        judged = _judged(choice[rows], stored[rows], block[rows], preset)
-        if judged is None:
-            contradicting += 1
-        else:
-            right[rows] = judged
-    return right, contradicting
+        right[rows], state = _repaired(choice[rows], stored[rows], block[rows])
+        states[state] += 1
+    return right, states
 
 
-def _judged(choice: NDArray[Any], stored: Array, block: Array, preset: str) -> Array | None:
-    """One run's accuracies; None if the stored ones fit no better machine per block."""
-    out = stored.copy()
+def _repaired(choice: NDArray[Any], stored: Array, block: Array) -> tuple[Array, str]:
+    """One run's accuracies, and their kind: "plain", "published" (repaired) or "contradicting".
+
+    Published: every block has at least three rows, all but the last of which name one machine as the better one, and
+    the last the other.
+    """
     named = np.where(stored == 1, choice, 1 - choice)  # the machine that each row says was better
-    numbers_of_blocks = np.unique(block)
-    better = []
-    for value in numbers_of_blocks:
+    ends, slips, agree = [], [], []
+    for value in np.unique(block):
         here = np.flatnonzero(block == value)
-        said = named[here[:-1]] if len(here) > 1 else named[here]
-        if (said != said[0]).any():
-            return None
-        better.append(said[0])
-    for i, value in enumerate(numbers_of_blocks):
-        here = np.flatnonzero(block == value)
-        out[here[:-1]] = choice[here[:-1]] == better[i]
-        if preset == "clean":
-            out[here[-1]] = choice[here[-1]] == better[i]
-        elif i + 1 < len(better):
-            out[here[-1]] = choice[here[-1]] == better[i + 1]
-    return out
+        others, last = named[here[:-1]], named[here[-1]]
+        one = len(others) == 0 or bool((others == others[0]).all())
+        ends.append(here[-1])
+        slips.append(len(here) > 2 and one and last != others[0])
+        agree.append(one and (len(others) == 0 or last == others[0]))
+    if not all(slips):
+        return stored, "plain" if all(agree) else "contradicting"
+    out = stored.copy()
+    out[ends] = 1 - stored[ends]
+    return out, "published"
 
 
 def _history(rows: list[Row]) -> str:

@@ -63,6 +63,21 @@ def test_answers_of_zero_and_one_are_clipped():
     assert score["likelihood weighting"] == pytest.approx(logit(1 - 1e-5) / logit(0.9))
 
 
+def test_answers_outside_zero_and_one_are_clipped_and_counted():
+    table = pd.DataFrame(
+        {"run": range(4), "prior": 0.5, "lh": 0.9, "left_pred": [1.7, -0.2, 0.9, 0.1], "informative_lh": True}
+    ).assign(red_observation=[True, False, True, False])
+    score = cogbench.score("probabilistic_reasoning", table)
+    assert score.details["answers_outside_0_1"] == 2
+    inside = table.assign(left_pred=table["left_pred"].clip(0, 1))
+    assert score == cogbench.score("probabilistic_reasoning", inside)
+    assert score["performance"] == pytest.approx(1 - 0.2 / 4)
+    for lost in (None, float("inf"), "a half"):
+        wrong = table.assign(left_pred=[0.5, 0.5, lost, 0.5])
+        with pytest.raises(ValueError, match="probabilistic_reasoning: column 'left_pred', row 2: expected a number"):
+            cogbench.score("probabilistic_reasoning", wrong)
+
+
 # ------------------------------------------------------------------ 2 horizon
 def explorer(slope, directed, slope_by_horizon):
     """Chooses the machine seen once (unequal games) or machine 1 (equal games) by a logistic rule."""
@@ -128,12 +143,55 @@ def knower(state, query, generator):
 
 def test_perfect_knowledge_of_being_right_scores_one_and_published_tables_hide_it():
     clean, published = (played("restless_bandit", knower, preset=preset) for preset in ("clean", "published"))
-    assert (clean["accurate"] != published["accurate"]).sum() == 10 * 3  # the last trial of three blocks
-    for table in (clean, published):
-        assert cogbench.score("restless_bandit", table)["meta-cognition"] == pytest.approx(1)
-        shifted = cogbench.score("restless_bandit", table, "published")
-        assert shifted["meta-cognition"] == pytest.approx(1 - 3 / 80)
-        assert shifted["performance"] == pytest.approx(clean["reward"].mean())
+    changed = clean[clean["accurate"] != published["accurate"]]
+    assert changed["trial"].tolist() == [20, 40, 60, 79] * 10  # the last trial of all four blocks
+    for table, shifted in ((clean, 1.0), (published, 1 - 4 / 80)):
+        score = cogbench.score("restless_bandit", table)
+        assert score["meta-cognition"] == pytest.approx(1)
+        assert score.details["runs_with_published_slip"] == (10 if table is published else 0)
+        assert score.details["runs_with_contradicting_accuracy"] == 0
+        as_it_stands = cogbench.score("restless_bandit", table, "published")
+        assert as_it_stands["meta-cognition"] == pytest.approx(shifted)
+        assert as_it_stands["performance"] == pytest.approx(clean["reward"].mean())
+        assert as_it_stands.details["changed_accuracies"] == 0
+
+
+def two_blocks(accurate, choice=None, sizes=(4, 3)):
+    """One run; confidence is what ``accurate`` says, so that it scores one exactly where nothing is repaired."""
+    block = np.repeat(np.arange(len(sizes)), sizes)
+    return pd.DataFrame(
+        {
+            "run": 0,
+            "trial": range(len(block)),
+            "block": block,
+            "block_trial": [i for size in sizes for i in range(size)],
+            "choice": choice or [0] * len(block),
+            "reward": 50,
+            "confidence": [0.0 if not a else 0.9 for a in accurate],
+            "accurate": accurate,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "accurate, choice, sizes, repaired, contradicting",
+    [
+        ([1, 1, 1, 0, 0, 0, 1], None, (4, 3), 2, 0),  # the last of both blocks names the other machine
+        ([1, 0, 1, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0], (4, 3), 2, 0),  # said of either machine
+        ([1, 1, 1, 0, 0, 0, 0], None, (4, 3), 0, 1),  # the last of one block only
+        ([1, 0, 1, 0, 0, 0, 1], None, (4, 3), 0, 1),  # rows before the last contradict each other
+        ([1, 1, 1, 0, 0, 1], None, (4, 2), 0, 1),  # a block of two rows: either may be wrong
+        ([1, 1, 1, 1, 0, 0, 0], None, (4, 3), 0, 0),
+        ([1, 1, 1, 0, 1], None, (4, 1), 0, 1),
+    ],
+)
+def test_clean_repairs_a_run_only_if_all_its_blocks_carry_the_slip(accurate, choice, sizes, repaired, contradicting):
+    table = two_blocks(accurate, choice, sizes)
+    score = cogbench.score("restless_bandit", table)
+    assert score.details["changed_accuracies"] == repaired
+    assert score.details["runs_with_contradicting_accuracy"] == contradicting
+    assert score["meta-cognition"] == pytest.approx(1 - repaired / len(accurate))
+    assert cogbench.score("restless_bandit", table, "published")["meta-cognition"] == pytest.approx(1)
 
 
 def test_confidence_without_range_is_not_rescaled():
@@ -236,6 +294,10 @@ def test_second_copies_of_visits_are_dropped_by_clean_only():
     scores = [cogbench.score("instrumental", table) for table in (clean, published)]
     assert scores[0] == scores[1]
     assert scores[1].details["second_copies_dropped"] == 96
+    first, second = published[::2].reset_index(drop=True), published[1::2].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first, clean)
+    pd.testing.assert_frame_equal(second.drop(columns="task"), clean.drop(columns="task"))  # the actual visit's means
+    assert second["task"].tolist()[:-1] == clean["task"].tolist()[1:]
     assert cogbench.score("instrumental", clean, "published") == scores[0]
     doubled = cogbench.score("instrumental", published, "published")
     assert doubled["learning rate"] != scores[0]["learning rate"]
@@ -341,18 +403,58 @@ def test_pumps_are_counted_with_the_bursting_one():
     assert score["performance"] == pytest.approx(paid, abs=0.15)
 
 
-def test_a_table_of_steps_scores_as_one_of_balloons():
-    table = played("balloon", inflater(4), runs=3)
-    steps = pd.DataFrame(
-        [
-            {**row, "trial": 100 * row["trial"] + pump, "pumps": pump, "reward": row["reward"] if last else 0}
-            for row in table.to_dict("records")
-            for pump in range(1, row["pumps"] + 1)
-            for last in [pump == row["pumps"]]
+def steps_of(table, skips=False):
+    """One row per pump and, with ``skips``, one for the answer that ends a balloon without a burst."""
+    rows = []
+    for row in table.to_dict("records"):
+        answers = list(range(1, row["pumps"] + 1))
+        answers += [row["pumps"]] if (skips and not row["exploded"]) or not answers else []
+        rows += [
+            {**row, "balloon": row["trial"], "step": k, "pumps": pumps, "reward": last * row["reward"]}
+            for k, pumps in enumerate(answers)
+            for last in [k == len(answers) - 1]
         ]
-    )
-    assert len(steps) > len(table)
-    assert cogbench.score("balloon", steps) == cogbench.score("balloon", table)
+    return pd.DataFrame(rows)
+
+
+def hesitant(state, query, generator):
+    """Leaves some balloons alone and some after different numbers of pumps."""
+    return state["inflate"] if generator.random() < 0.7 else 1 - state["inflate"]
+
+
+STEPS = {
+    "trial counts steps of a balloon": lambda s: s.assign(trial=s["step"]),
+    "trial counts all steps": lambda s: s.assign(trial=s.groupby("run").cumcount()),
+    "trial counts balloons": lambda s: s.assign(trial=s["balloon"]),
+    "balloon_idx counts balloons": lambda s: s.assign(
+        balloon_idx=s["balloon"], balloon_trial=s["step"], trial=s["step"]
+    ),
+    "balloon_trial counts steps": lambda s: s.assign(balloon_trial=s["step"], trial=s["balloon"]),
+}
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("what", STEPS)
+def test_a_table_of_steps_scores_as_one_of_balloons(what, skips):
+    table = played("balloon", hesitant, runs=3)
+    steps = STEPS[what](steps_of(table, skips))
+    assert len(steps) > 1.5 * len(table)
+    wanted = cogbench.score("balloon", table)
+    assert wanted.details["balloons"] == len(table) == 135
+    score = cogbench.score("balloon", steps)
+    assert score == wanted
+    assert score.details["balloons"] == 135
+    if what == "trial counts all steps":
+        assert cogbench.score("balloon", steps.sample(frac=1, random_state=0)) == wanted
+
+
+def test_rows_of_balloons_are_no_steps():
+    table = played("balloon", hesitant, runs=3)
+    first = table[table["run"] == 0].sort_values("pumps")  # as if one balloon had been pumped up
+    for rows in (first, pd.concat([table, table]), table.assign(balloon_trial=0), first.assign(pumps=0, reward=0)):
+        score = cogbench.score("balloon", rows)
+        assert score.details["balloons"] == len(rows)
+        assert score["risk taking"] == pytest.approx(rows["pumps"].mean())
 
 
 # ------------------------------------------------------------------ the random agent, against published values
