@@ -104,7 +104,7 @@ def _tests(values: NDArray[Any], members: Mask) -> tuple[Array, Array]:
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = first / n - second / m
     variances = _variance(first, first_squares, n), _variance(second, second_squares, m)
-    return welch_t((n, m), difference, variances)
+    return welch_t((n, m), difference, variances, np.logical_not(valid.all(0)))
 
 
 def _variance(total: Array, squares: Array, count: Array) -> Array:

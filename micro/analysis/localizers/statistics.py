@@ -17,7 +17,7 @@ from micro.errors import require
 
 Mask = NDArray[np.bool_]
 
-FEWEST = 3  # stimuli per side below which a unit is not tested
+FEWEST = 3  # stimuli per side below which a unit that some stimuli have no value for is not tested
 BLOCK_VALUES = 1 << 20  # float64 values converted at once: eight megabytes, so that huge arrays stay where they are
 
 
@@ -37,6 +37,7 @@ class Moments:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
+        self.stimuli = 0
         self.count = np.zeros(shape)
         self.first = np.full(shape, np.nan)
         self._mean = np.zeros(shape)
@@ -44,6 +45,7 @@ class Moments:
 
     def add(self, block: Array) -> None:
         """Take in stimuli ``[n, ...units]``; NaN means that the stimulus has no value for that unit."""
+        self.stimuli += len(block)
         missing = np.isnan(block)
         holes = bool(missing.any())
         added = len(block) - missing.sum(0) if holes else np.full(block.shape[1:], len(block))
@@ -68,6 +70,12 @@ class Moments:
         self.count = total
 
     @property
+    def dropped(self) -> Mask:
+        """Units for which some stimuli have no value."""
+        dropped: Mask = self.count < self.stimuli
+        return dropped
+
+    @property
     def mean(self) -> Array:
         """NaN where there was no stimulus."""
         return self.first + self._mean
@@ -78,23 +86,26 @@ class Moments:
         return self._squares / np.maximum(self.count - 1, 1)
 
 
-def welch_t(counts: tuple[Array, Array], difference: Array, variances: tuple[Array, Array]) -> tuple[Array, Array]:
+def welch_t(
+    counts: tuple[Array, Array], difference: Array, variances: tuple[Array, Array], dropped: Mask
+) -> tuple[Array, Array]:
     """Welch's t and its degrees of freedom (Welch 1947); t = 0 where the test is not defined.
 
     Args:
         counts: number of stimuli on either side, broadcastable to the units.
         difference: mean of the first side minus mean of the second.
         variances: of both sides, with n - 1.
+        dropped: units for which some stimuli of either side have no value, broadcastable to the units.
 
     Returns:
-        t and the Welch-Satterthwaite degrees of freedom. A unit with no variance on both sides, or with fewer than
-        three stimuli on one of them, has t = 0 and one degree of freedom.
+        t and the Welch-Satterthwaite degrees of freedom. A unit with no variance on both sides, or with fewer than two
+        stimuli on one of them (three where stimuli dropped out), has t = 0 and one degree of freedom.
     """
     n, m = (np.asarray(c, dtype=np.float64) for c in counts)
     with np.errstate(divide="ignore", invalid="ignore"):
         first, second = variances[0] / n, variances[1] / m
         squared = first + second
-        defined = (n >= FEWEST) & (m >= FEWEST) & (squared > 0)
+        defined = (np.minimum(n, m) >= np.where(dropped, FEWEST, 2)) & (squared > 0)
         share = first / squared
         freedom = 1 / (share**2 / (n - 1) + (1 - share) ** 2 / (m - 1))
         t = difference / np.sqrt(squared)
@@ -113,7 +124,9 @@ def two_sided_p(t: Array, freedom: Array) -> Array:
 def compare(positive: Moments, negative: Moments) -> LocalizerTest:
     """The test of two sides whose moments were gathered in a stream."""
     difference = positive.mean - negative.mean
-    t, freedom = welch_t((positive.count, negative.count), difference, (positive.variance, negative.variance))
+    variances = positive.variance, negative.variance
+    dropped = positive.dropped | negative.dropped
+    t, freedom = welch_t((positive.count, negative.count), difference, variances, dropped)
     p = two_sided_p(t, freedom)
     return LocalizerTest(t, p, benjamini_hochberg(p))
 
@@ -131,8 +144,9 @@ def localizer_test(positive: Any, negative: Any, *, absolute: bool = True) -> Lo
         absolute: take absolute values first.
 
     Returns:
-        ``LocalizerTest(t, p, q)``, NumPy float64 ``[...units]``. A unit with zero variance in both sets, or with fewer
-        than three stimuli on one side, has t = 0 and p = 1; it still counts among the units of the correction.
+        ``LocalizerTest(t, p, q)``, NumPy float64 ``[...units]``. A unit with zero variance in both sets has t = 0 and
+        p = 1, as has one with a single stimulus on one side, or with fewer than three where stimuli dropped out; it
+        still counts among the units of the correction.
 
     Raises:
         ValueError: units of different shapes, no stimuli, no units, or infinite activations.

@@ -82,7 +82,26 @@ def test_a_missing_stimulus_drops_out_for_its_unit_alone():
     np.testing.assert_allclose(got.p, want.pvalue, rtol=1e-9)
 
 
-def test_fewer_than_three_stimuli_on_a_side_are_no_test():
+@pytest.mark.parametrize("n, m", [(2, 2), (2, 9), (9, 2)])
+def test_two_stimuli_on_a_side_are_a_test(n, m):
+    a, b = two_sets((6,), n, m)
+    got, want = localizer_test(a, b), scipy.stats.ttest_ind(np.abs(a), np.abs(b), equal_var=False)
+    np.testing.assert_allclose(got.t, want.statistic, rtol=1e-9)
+    np.testing.assert_allclose(got.p, want.pvalue, rtol=1e-9)
+    assert (localizer_test(a[:1], b).t == 0).all() and (localizer_test(a, b[:1]).p == 1).all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_two_stimuli_are_no_test_for_a_unit_that_lost_some_on_either_side(side):
+    sets = list(two_sets((3,), 2, 9)) if side else list(two_sets((3,), 9, 2))
+    whole = localizer_test(*sets).t
+    sets[side][4, 1] = np.nan
+    t = localizer_test(*sets).t
+    assert t[1] == 0
+    np.testing.assert_array_equal(t[[0, 2]], whole[[0, 2]])
+
+
+def test_fewer_than_three_of_the_stimuli_that_are_left_are_no_test():
     a, b = two_sets((5,))
     a[2:, 1] = np.nan  # two are left
     a[3:, 2] = np.nan  # three
@@ -283,23 +302,26 @@ def test_a_test_that_finds_too_much_does_not_pass():
     assert not found["passed"] and found["share_with_discovery"] == 1
 
 
+@pytest.mark.parametrize("first", [14, 2])
 @pytest.mark.parametrize("missing", [False, True])
-def test_permutations_by_matrix_products_are_the_test_itself(missing):
+def test_permutations_by_matrix_products_are_the_test_itself(missing, first):
     generator = np.random.default_rng(9)
-    values = np.abs(generator.normal(size=(31, 40)) + 50)
-    values[:14, :10] += 2
+    values = np.abs(generator.normal(size=(17 + first, 40)) + 50)
+    values[:first, :10] += 9
     values[:, 11] = 3.3
     if missing:
         values[generator.random(values.shape) < 0.3] = np.nan
-        values[2:14, 12] = np.nan
-    members = shuffled(14, 17, permutations=5, seed=3)
-    members = np.concatenate([np.arange(31)[None] < 14, members])
+        values[2:first, 12] = np.nan
+        values[:, 0] = generator.normal(size=len(values)) + 50  # nothing dropped out here
+    members = shuffled(first, 17, permutations=5, seed=3)
+    members = np.concatenate([np.arange(17 + first)[None] < first, members])
     nulls = null_tests(values, members)
     for r, member in enumerate(members):
         want = localizer_test(values[member], values[~member])
         np.testing.assert_allclose(nulls.t[r], want.t, rtol=1e-5, atol=1e-6)
         assert nulls.discoveries[r] == (want.q <= 0.05).sum()
-    assert nulls.discoveries[0] > 0
+    assert (nulls.t[:, 0] != 0).all()
+    assert nulls.discoveries[0] > 0 or (missing and first == 2)
 
 
 def test_every_labelling_has_as_many_positive_stimuli():
