@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,12 +55,12 @@ class MiCRoBlocks(nn.Module):
         self.v_proj = StackedLinear(experts, hidden, keys, rows=False)
         self.o_proj = StackedLinear(experts, queries, hidden, rows=True)
 
-    def ffn(self, x: Tensor, rows: RoutedRows) -> Tensor:
-        """SwiGLU of each row's expert: x [N,H] in plan order -> [N,H]."""
-        offsets = rows.plan.offsets
-        up = rows.at("up", self.up_proj(x, offsets))
-        units = rows.at("units", ops.swiglu(self.gate_proj(x, offsets), up))
-        out: Tensor = self.down_proj(units, offsets)
+    def ffn(self, x: Tensor, offsets: Tensor, at: Callable[[str, Tensor], Tensor] | None = None) -> Tensor:
+        """SwiGLU of each row's expert: x [N,H] in plan order -> [N,H]; ``at``: :meth:`RoutedRows.at`."""
+        # Gate first: the gradients of x are added in the reverse of this order, and the fused layer's are, too.
+        gate, up = self.gate_proj(x, offsets), self.up_proj(x, offsets)
+        units = ops.swiglu(gate, up if at is None else at("up", up))
+        out: Tensor = self.down_proj(units if at is None else at("units", units), offsets)
         return out
 
 
@@ -188,10 +190,10 @@ class MiCRoBlockLayer(GradientCheckpointingLayer):
         a = blocks.o_proj(rows.at("heads", a.flatten(1)), offsets)
         if self.olmo:
             u = xs + rows.at("attention", blocks.post_attention_norm(a, experts))
-            f = blocks.post_ffn_norm(blocks.ffn(u, rows), experts)
+            f = blocks.post_ffn_norm(blocks.ffn(u, offsets, rows.at), experts)
         else:
             u = xs + rows.at("attention", a)
-            f = blocks.ffn(blocks.post_attention_norm(u, experts), rows)
+            f = blocks.ffn(blocks.post_attention_norm(u, experts), offsets, rows.at)
         y = rows.combine(rows.at("block_output", u + rows.at("ffn", f)))
         if controls.rows is not None:
             y = touch(y, self.router)

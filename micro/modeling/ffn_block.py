@@ -103,5 +103,5 @@ class MiCRoFFNLayer(GradientCheckpointingLayer):
     def _mixture(self, n: Tensor, rows: RoutedRows) -> Tensor:
         """Weighted sum of a token's FFN experts, [T,H]; 0 at padded tokens."""
         plan = rows.plan
-        f = self.blocks.ffn(ops.permute(n, plan.tokens, plan.offsets, plan.inverse), rows)
+        f = self.blocks.ffn(ops.permute(n, plan.tokens, plan.offsets, plan.inverse), plan.offsets, rows.at)
         return rows.combine(rows.at("block_output", rows.at("ffn", f)))
