@@ -48,7 +48,8 @@ def _matrix(ax: Axes, report: SteeringReport, rows: list[int], columns: list[int
             if report.p_holm[r][c] < 0.05:
                 dark = abs(values[y, x]) > 0.6 * high
                 ax.text(x + 0.33, y - 0.2, "*", ha="center", fontsize=11, color="white" if dark else "black")
-    kind = "log-likelihood, nats per token" if report.unit == "nats per token" else report.unit
+    kinds = {"nats per token": "log-likelihood, nats per token", "points": "share correct, points"}
+    kind = kinds.get(report.unit, report.unit)
     ax.set(xlabel="steered to (* p < 0.05, Holm)", ylabel="row", title=f"Change of {kind}")
 
 

@@ -18,7 +18,7 @@ from micro.analysis.batches import batches, token_losses
 from micro.analysis.inputs import counted, evaluating, input_rows, with_none
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
-from micro.analysis.suites import ManySuite, Suite, Traits, traits
+from micro.analysis.suites import SHARE, ManySuite, Suite, Traits, traits
 from micro.experts import NAMES
 from micro.progress import Progress, track
 
@@ -49,11 +49,12 @@ def steering_sets(config: MiCRoConfig) -> dict[str, list[str]]:
 class SteeringReport(Result):
     """The change of each row (a task, or a domain's answers) under each steering set; positive = better.
 
-    change [R][C] in ``unit`` (for losses the change in log-likelihood, nats per token); interval [R][C][2]: 95 %,
-    paired bootstrap over records; p [R][C]: sign flips of the records' differences; p_holm [R][C]: Holm over the whole
-    table. random, random_low, random_high [R][C]: mean and range of the change where as many experts were ablated in
-    every layer, but others in each; random_p [R][C]: share of these at least as high. index: mean over rows that have a
-    set of the same name of (own set - mean of the other sets); index_p: against all assignments of sets to rows.
+    change [R][C] in ``unit`` (for losses the change in log-likelihood, nats per token; for shares points, while score
+    [R] remains a share); interval [R][C][2]: 95 %, paired bootstrap over records; p [R][C]: sign flips of the records'
+    differences; p_holm [R][C]: Holm over the whole table. random, random_low, random_high [R][C]: mean and range of the
+    change where as many experts were ablated in every layer, but others in each; random_p [R][C]: share of these at
+    least as high. index: mean over rows that have a set of the same name of (own set - mean of the other sets);
+    index_p: against all assignments of sets to rows.
     curves: graded bias, one entry per expert (see :func:`bias_curves`). outputs: answers per prompt and set.
     """
 
@@ -259,7 +260,7 @@ class _Table:
     def add(
         self, suite: Suite, one: Traits, scores: list[tuple[Array, Array]], controls: Mapping[str, list[int]]
     ) -> None:
-        self.unit = one.unit
+        self.unit = unit_of_changes(one)
         sums = np.stack([s for s, _ in scores]) * one.sign * one.factor  # [conditions, records, rows]
         counts = scores[0][1]
         differences = sums - sums[:1]
@@ -416,6 +417,11 @@ def bias_curves(
             }
         )  # fmt: skip
     return out
+
+
+def unit_of_changes(one: Traits) -> str:
+    """Of differences of a suite's scores, times their factor."""
+    return "points" if one.unit == SHARE else one.unit
 
 
 def mean_change(differences: Array, counts: Array) -> Callable[[Array], Array]:

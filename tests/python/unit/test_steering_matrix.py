@@ -168,6 +168,22 @@ def test_a_report_is_saved_loaded_and_drawn(tmp_path, tokenizer, records):
     assert "own set against the others" in str(again)
 
 
+class ShareSuite:
+    """Half of the answers are right without steering, a quarter under any."""
+
+    task, higher_is_better, names, records = "quiz", True, ["all"], 8
+
+    def score(self, model, controls):
+        return np.full((8, 1), 1.0 if controls else 2.0), np.full((8, 1), 4.0)
+
+
+def test_changes_of_shares_are_points():
+    report = steering_matrix(small_model(), ShareSuite(), draws=19, random_sets=1)
+    assert (report.unit, report.score, report.change) == ("points", [0.5], [[-25.0] * 4])
+    assert "change, points" in str(report)
+    assert report.plot().axes[0].get_title() == "Change of share correct, points"
+
+
 def test_a_stopped_run_goes_on_from_the_scores_on_disk(tmp_path, tokenizer, records):
     model, suite = tiny(tokenizer), micro.analysis.LossSuite(records, tokenizer)
     given = {"draws": 20, "random_sets": 2, "store": ScoreStore(tmp_path)}
