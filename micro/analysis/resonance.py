@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.batches import batches
 from micro.analysis.inputs import Row, counted, evaluating, input_rows
 from micro.analysis.result import Result
-from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p
-from micro.analysis.steering_matrix import mean_change, scored, sign_flips
+from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p, ratio
+from micro.analysis.steering_matrix import mean_change, scored, sign_flips, unit_of_changes
 from micro.analysis.suites import LossSuite, Suite, traits
 from micro.errors import require
 from micro.progress import track
@@ -71,7 +72,8 @@ class ResonanceReport(Result):
     probability. resonance = rate_a - rate_b, p (two-sided, labels A and B permuted over prompts), p_family (against the
     largest magnitude over all cells); mass_resonance, mass_p, mass_p_family. effects: one entry per switch ("suppress",
     "force") and prompt set, see :func:`cell_effects`. top: what suppressing the strongest cells together does, beside
-    random cells. rank_correlation: Spearman's between resonance and (effect on B - effect on A) of suppression.
+    random cells. rank_correlation: Spearman's between resonance and (effect on B - effect on A) of suppression, see
+    :func:`cost_correlation`.
     """
 
     name: ClassVar[str] = "resonance"
@@ -90,7 +92,7 @@ class ResonanceReport(Result):
     mass_p_family: list[list[float]]
     effects: list[dict[str, Any]] = field(default_factory=list)
     top: dict[str, Any] | None = None
-    rank_correlation: dict[str, float] | None = None
+    rank_correlation: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def ranked(self, *, by: str = "resonance") -> list[Cell]:
@@ -130,7 +132,15 @@ class ResonanceReport(Result):
         tests = [name for name in table if str(name).endswith("_q") or name in ("p", "mass_resonance", "mass_p_family")]
         table = table.drop(columns=tests)
         shown = str(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-        shown += "\n* q < 0.05" if self.effects else ""
+        if self.effects:
+            units = dict.fromkeys(effect["unit"] for effect in self.effects)
+            shown += f"\nchanges in {', '.join(units)}; * q < 0.05"
+        if self.rank_correlation is not None and self.rank_correlation["p"] is not None:
+            found = self.rank_correlation
+            shown += (
+                f"\nrank correlation of resonance and cost: {found['rho']:.2f}, p = {found['p']:.3f} "
+                f"(shuffled labels: {found['random']:.2f})"
+            )
         if self.top is None:
             return shown
         top = self.top
@@ -181,7 +191,37 @@ def resonance(
     Raises:
         ValueError: a set with fewer than two usable inputs.
     """
-    rates, masses = [], []
+    return _mapped(
+        model,
+        tokenizer,
+        a,
+        b,
+        positions=positions,
+        controls=controls,
+        permutations=permutations,
+        encode_options=encode_options,
+        max_tokens=max_tokens,
+        seed=seed,
+        progress=progress,
+    )[0]
+
+
+def _mapped(
+    model: MiCRoForCausalLM,
+    tokenizer: Any,
+    a: Sequence[Any],
+    b: Sequence[Any],
+    *,
+    positions: str = "predicting",
+    controls: Mapping[str, Any] | None = None,
+    permutations: int = 4999,
+    encode_options: dict[str, Any] | None,
+    max_tokens: int,
+    seed: int,
+    progress: bool,
+) -> tuple[ResonanceReport, list[Array], list[list[int]]]:
+    """The map, and of A and B the rates of each prompt [prompts,L,E] and the prompts' indices."""
+    rates, masses, indices = [], [], []
     for name, data in (("a", a), ("b", b)):
         rows = input_rows(data, tokenizer, f"resonance, {name}", encode_options=encode_options)
         if len(rows) < 2:
@@ -189,10 +229,11 @@ def resonance(
         rate, mass = _use(model, tokenizer, rows, positions, controls or {}, max_tokens, f"prompts {name}", progress)
         rates.append(rate)
         masses.append(mass)
+        indices.append([index for index, _ in rows])
     p, family = _permuted(rates, permutations, seed)
     mass_p, mass_family = _permuted(masses, permutations, seed)
     means = [[x.mean(0) for x in pair] for pair in (rates, masses)]
-    return ResonanceReport(
+    report = ResonanceReport(
         experts=list(model.config.expert_names or []),
         prompts=[len(rate) for rate in rates],
         rate_a=means[0][0].tolist(),
@@ -210,6 +251,7 @@ def resonance(
             "controls": {name: str(value) for name, value in (controls or {}).items()},
         },
     )  # fmt: skip
+    return report, rates, indices
 
 
 def _use(
@@ -268,6 +310,54 @@ def _permuted(sets: Sequence[Array], draws: int, seed: int) -> tuple[Array, Arra
     return single.reshape(both.shape[1:]), family.reshape(both.shape[1:])
 
 
+def cost_correlation(
+    rates: Sequence[Array], effects: Sequence[Array], counts: Sequence[Array], *, draws: int = 4999, seed: int = 0
+) -> dict[str, Any]:
+    """Is what A calls on more than B what A loses more by? Spearman's correlation over cells of resonance with (effect
+    on B - effect on A).
+
+    Cells are not independent (the rates of a layer sum to 1, and one prompt is in all cells of both sides), so p comes
+    from permuting the labels A and B over prompts, on both sides at once: under the null the labels mean nothing. A
+    prompt that uses a cell more often also loses more by it, whatever its label: random is the mean of these draws.
+
+    Args:
+        rates: of A and B, share of tokens that chose a cell, [prompts,...cells].
+        effects: of A and B, sum over items of the effect of suppressing a cell, positive = better, [prompts,cells].
+        counts: of A and B, items, [prompts].
+        draws: permutations.
+        seed: of these.
+
+    Returns:
+        rho; p (share of draws at least as high), random, draws. None each where a side does not vary.
+    """
+    rank = require("scipy.stats", "eval", "the rank correlation").rankdata
+    a, total = len(counts[0]), len(counts[0]) + len(counts[1])
+    use = np.concatenate([x.reshape(len(x), -1) for x in rates])
+    lost, items = np.concatenate(list(effects)), np.concatenate(list(counts))
+
+    def correlations(is_a: NDArray[np.bool_]) -> Array:
+        """Of labellings [D,prompts]."""
+        weights = is_a.astype(np.float64), (~is_a).astype(np.float64)
+        resonance = weights[0] @ use / a - weights[1] @ use / (total - a)
+        effect = [(w @ lost) / (w @ items)[:, None] for w in weights]
+        # Rounding must not part cells that tie, as all cells do that nobody uses.
+        sides = [rank(np.round(x, 12), axis=1) for x in (resonance, effect[1] - effect[0])]
+        x, y = (side - side.mean(1, keepdims=True) for side in sides)
+        return ratio((x * y).sum(1), np.sqrt((x * x).sum(1) * (y * y).sum(1)))
+
+    rho = float(correlations(np.arange(total)[None] < a)[0])
+    generator, parts = np.random.default_rng(seed), []
+    for first in range(0, draws, CHUNK):
+        order = generator.permuted(np.tile(np.arange(total), (min(CHUNK, draws - first), 1)), axis=1)
+        parts.append(correlations(order < a))
+    null = np.concatenate(parts) if parts else np.zeros(0)
+    null = null[~np.isnan(null)]
+    if np.isnan(rho) or not len(null):
+        return {"rho": None if np.isnan(rho) else rho, "p": None, "random": None, "draws": len(null)}
+    p = float(permutation_p(rho, null))
+    return {"rho": rho, "p": p, "random": float(null.mean()), "draws": len(null)}
+
+
 # ---------------------------------------------------------------- switching cells
 def suppress(cells: Sequence[Cell]) -> dict[str, Any]:
     """Steering arguments that take the router logit of cells (layer, expert) to -inf."""
@@ -307,7 +397,8 @@ def cell_effects(
         progress: show a bar on stderr.
 
     Returns:
-        switch, unit; score (nothing switched); effect [L][E], positive = better; interval [L][E][2]; p (sign flips of
+        switch; unit of effects; score (nothing switched; a share where effects are points); effect [L][E], positive =
+        better; interval [L][E][2]; p (sign flips of
         records); q (Benjamini-Hochberg over all cells). A model with one expert per layer cannot suppress.
 
     Raises:
@@ -345,7 +436,7 @@ def _changes(
     (free, counts), found = scores[0], np.stack([sums for sums, _ in scores[1:]])
     differences = (found - free).sum(-1, keepdims=True) * one.sign * one.factor
     totals = counts.sum(-1, keepdims=True)
-    return differences, totals, float(free.sum() / totals.sum()), one.unit
+    return differences, totals, float(free.sum() / totals.sum()), unit_of_changes(one)
 
 
 def switch_top_cells(
@@ -373,7 +464,8 @@ def switch_top_cells(
 
     Returns:
         cells; a, b: changes of the two scores (positive = better); random_a, random_a_low, random_b: mean and lowest of
-        the random sets; p: share of them with a change of A at least as low; p_selective: with (A - B) at least as low.
+        the random sets; p: share of them with a change of A at least as low; p_selective: with (A - B) at least as low;
+        unit of all changes.
     """
     config = model.config
     top = [(int(l), int(e)) for l, e in cells]
@@ -446,7 +538,7 @@ def tunable_cells(
     """
     shared: dict[str, Any] = {"encode_options": encode_options, "max_tokens": max_tokens}
     store = ScoreStore() if store is None else store
-    report = resonance(model, tokenizer, a, b, seed=seed, progress=progress, **shared, **options)
+    report, rates, indices = _mapped(model, tokenizer, a, b, seed=seed, progress=progress, **shared, **options)
     suites = [TargetSuite(data, tokenizer, **shared) for data in (a, b)]
     for switch in switches:
         for name, suite in zip("ab", suites, strict=True):
@@ -455,11 +547,15 @@ def tunable_cells(
     if top:
         cells = report.ranked()[:top]
         report.top = switch_top_cells(model, cells, *suites, draws=draws, seed=seed, store=store, progress=progress)
-    effects = {(e["switch"], e["set"]): np.asarray(e["effect"]) for e in report.effects}
-    if ("suppress", "a") in effects:
-        cost = effects["suppress", "b"] - effects["suppress", "a"]
-        spearman = require("scipy.stats", "eval", "the rank correlation").spearmanr
-        found = spearman(np.asarray(report.resonance).ravel(), cost.ravel())
-        report.rank_correlation = {"rho": float(found.statistic), "p": float(found.pvalue)}
+    if "suppress" in switches:
+        shape = np.asarray(report.resonance).shape
+        single = [suppress([(l, e)]) for l, e in np.ndindex(*shape)]
+        sums, counts = [], []
+        for suite, own in zip(suites, indices, strict=True):
+            values, totals, *_ = _changes(model, suite, single, store, "suppress cells", False)  # all are stored
+            sums.append(values[:, own, 0].T)
+            counts.append(totals[own, 0])
+        permutations = report.settings["permutations"]
+        report.rank_correlation = cost_correlation(rates, sums, counts, draws=permutations, seed=seed)
     report.settings |= {"top": top, "switches": list(switches), "draws": draws}
     return report

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from small_models import small_model
@@ -9,6 +10,7 @@ from micro.analysis.resonance import (
     TargetSuite,
     _permuted,
     cell_effects,
+    cost_correlation,
     force,
     resonance,
     suppress,
@@ -169,8 +171,78 @@ def test_a_report_is_saved_loaded_and_drawn(report, tmp_path):
     assert again == report
     assert isinstance(again.plot(), Figure)
     assert tuple(report.table().iloc[0][["layer", "expert"]]) == (2, "social")
-    assert "suppressed together (2 social)" in str(report)
-    assert -1 <= report.rank_correlation["rho"] <= 1
+    for text in (
+        "suppressed together (2 social)",
+        "changes in nats per token",
+        "rank correlation of resonance and cost",
+    ):
+        assert text in str(report)
+
+
+def planted_prompts(seed, n=12, difference=0.0, coupling=0.0, linked=False):
+    """Rates of softmax routers; a prompt loses ``coupling`` times its rate by a cell, whatever its label, and B
+    differs from A by ``difference`` in both, each in its own way or, ``linked``, in the same cells.
+    """
+    generator = np.random.default_rng(seed)
+    shift, other = generator.normal(size=(2, 3, 4)) * difference
+    other = 5 * (shift - shift.mean(-1, keepdims=True)) if linked else other  # rates of a layer sum to 1
+    rates, effects, counts = [], [], []
+    for label in range(2):
+        logits = 0.5 * generator.normal(size=(n, 3, 4)) + label * shift
+        rates.append(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+        noise = generator.normal(size=(n, 3, 4)) + generator.normal(size=(n, 1, 1)) + label * other
+        counts.append(generator.integers(5, 20, n).astype(float))
+        effects.append((-(coupling * rates[-1] + 0.1 * noise).reshape(n, -1)) * counts[-1][:, None])
+    return rates, effects, counts
+
+
+@pytest.mark.parametrize("plant", [{}, {"coupling": 0.3}, {"difference": 1.0}])
+def test_the_rank_correlation_holds_its_level_though_cells_depend_on_each_other(plant):
+    found = [cost_correlation(*planted_prompts(seed, **plant), draws=99, seed=seed) for seed in range(200)]
+    assert np.mean([one["p"] <= 0.05 for one in found]) < 0.085
+    mean = np.mean([one["random"] for one in found])
+    assert mean > 0.2 if "coupling" in plant else abs(mean) < 0.05
+
+
+def test_the_rank_correlation_is_spearmans_and_finds_what_is_planted():
+    rates, effects, counts = planted_prompts(1, n=20, difference=1.0, linked=True)
+    got = cost_correlation(rates, effects, counts, draws=499, seed=0)
+    resonance = rates[0].mean(0) - rates[1].mean(0)
+    cost = effects[1].sum(0) / counts[1].sum() - effects[0].sum(0) / counts[0].sum()
+    assert got["rho"] == pytest.approx(scipy.stats.spearmanr(resonance.ravel(), cost).statistic)
+    assert got["p"] < 0.02
+    assert got["draws"] == 499
+
+
+def test_the_rank_correlation_of_a_side_that_does_not_vary_is_none():
+    rates, effects, counts = planted_prompts(0)
+    flat = [np.zeros_like(x) for x in effects]
+    assert cost_correlation(rates, flat, counts, draws=9) == {"rho": None, "p": None, "random": None, "draws": 0}
+
+
+def test_the_rank_correlation_of_a_report_is_that_of_its_tables(report):
+    found = {(e["switch"], e["set"]): np.array(e["effect"]) for e in report.effects}
+    cost = found["suppress", "b"] - found["suppress", "a"]
+    want = scipy.stats.spearmanr(np.ravel(report.resonance), cost.ravel()).statistic
+    assert report.rank_correlation["rho"] == pytest.approx(want)
+    assert report.rank_correlation["draws"] == 499
+    assert 1 / 500 <= report.rank_correlation["p"] <= 1
+
+
+class ShareSuite:
+    """Half of the answers are right without steering, a quarter under any."""
+
+    task, higher_is_better, names, records = "quiz", True, ["all"], 8
+
+    def score(self, model, controls):
+        return np.full((8, 1), 1.0 if controls else 2.0), np.full((8, 1), 4.0)
+
+
+def test_differences_of_shares_are_points(model):
+    found = cell_effects(model, ShareSuite(), draws=19)
+    assert (found["unit"], found["score"], found["effect"][0][0]) == ("points", 0.5, -25.0)
+    both = switch_top_cells(model, [CELL], ShareSuite(), ShareSuite(), draws=1)
+    assert (both["unit"], both["a"]) == ("points", -25.0)
 
 
 def test_bad_input_is_named(model):
