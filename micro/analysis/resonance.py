@@ -398,8 +398,8 @@ def cell_effects(
 
     Returns:
         switch; unit of effects; score (nothing switched; a share where effects are points); effect [L][E], positive =
-        better; interval [L][E][2]; p (sign flips of
-        records); q (Benjamini-Hochberg over all cells). A model with one expert per layer cannot suppress.
+        better; interval [L][E][2]; p (sign flips of records); q (Benjamini-Hochberg over all cells). A model with one
+        expert per layer cannot suppress.
 
     Raises:
         ValueError: an unknown switch.

@@ -106,7 +106,8 @@ def localize(
         units: number of units to select, instead of ``percent``.
         range: (low, high) percentiles of t: as many units at random from this band; (0, 0): the lowest. A control.
         mode: an expert's units on tokens that are not routed to it: "all" runs every expert on every token, "routed"
-            leaves those tokens out (texts without any drop out; n per unit varies), "zero" counts them as 0.
+            leaves those tokens out (texts without any drop out; n per unit varies, and a unit that lost some needs
+            three texts on each side), "zero" counts them as 0.
         pooling: "last" token or "mean" over tokens; None: that of the stimuli.
         absolute: compare absolute activations.
         ranking: "global", or "layer": the top of each layer.
