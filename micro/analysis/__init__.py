@@ -6,6 +6,7 @@
 Every report prints a table, saves JSON and CSV (``.save(folder)``) and draws itself (``.plot()``).
 """
 
+from micro.analysis import circuits
 from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, ablation
 from micro.analysis.ablation_scores import ScoreStore
 from micro.analysis.agreement_report import AgreementReport, agreement
@@ -68,6 +69,7 @@ __all__ = [
     "cell_effects",
     "cell_map",
     "cell_shapley",
+    "circuits",
     "expert_shapley",
     "few_per_domain",
     "lesion",

@@ -36,6 +36,13 @@ def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, 
     return figure, axes
 
 
+def whole_numbers(axis: Any) -> None:
+    """Ticks of an axis that counts layers: no layer 0.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
 def usage_panel(ax: Axes, report: RoutingReport) -> None:
     """Stacked share of each expert in each layer."""
     usage = np.asarray(report.usage_by_layer)
@@ -45,6 +52,7 @@ def usage_panel(ax: Axes, report: RoutingReport) -> None:
         ax.bar(np.arange(len(usage)), usage[:, e], bottom=bottom, color=colours[e], width=0.9, label=report.experts[e])
         bottom += usage[:, e]
     ax.set(xlabel="layer", ylabel="share of tokens", ylim=(0, 1), title="Usage per layer")
+    whole_numbers(ax.xaxis)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
 
 

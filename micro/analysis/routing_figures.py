@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, new_figure
+from micro.analysis.figures import GREY, new_figure, whole_numbers
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def floats(values: Any) -> Any:
 
 def _line(ax: Axes, values: Any, interval: Any, **style: Any) -> None:
     """A curve over layers in its interval."""
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    whole_numbers(ax.xaxis)
     x, y, bounds = np.arange(len(values)), floats(values), floats(interval)
     ax.fill_between(x, bounds[:, 0], bounds[:, 1], color=style["color"], alpha=0.18, linewidth=0)
     ax.plot(x, y, linewidth=1.6, marker="o", markersize=3, **style)
@@ -144,11 +142,13 @@ def flow_figure(report: RoutingReport) -> Figure:
     image = left.imshow(above, cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.colorbar(image, ax=left, shrink=0.8)
     left.set(xlabel="layer", ylabel="layer", title="Same expert in both layers, above chance")
+    whole_numbers(left.xaxis)
+    whole_numbers(left.yaxis)
     order = display_order(report.experts)
     joint = floats(report.transitions).mean(0) if report.transitions else np.zeros((len(order), len(order)))
     rows = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)
     heat_map(right, rows[np.ix_(order, order)], [report.experts[e] for e in order], [report.experts[e] for e in order])
-    right.set(xlabel="next layer", ylabel="layer", title="Share of each expert's slots, to the next layer")
+    right.set(xlabel="expert in the next layer", ylabel="expert", title="Where an expert's slots go next")
     return figure
 
 

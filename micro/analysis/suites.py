@@ -119,6 +119,8 @@ class LossSuite:
     ) -> None:
         from micro.experts import NAMES
 
+        if not records:
+            raise ValueError("LossSuite: records is empty; give labelled records")
         self.names = list(names or NAMES)
         self.records = len(records)
         self.max_tokens = max_tokens

@@ -31,7 +31,7 @@ def patch(
         Path, typer.Option(help="JSON lines: clean, corrupt (equally many tokens), answer, wrong (next tokens).")
     ],
     output: Output = Path("circuits"),
-    point: Annotated[str, typer.Option(help="Where; `micro circuits patch` takes any point of model.intervene.")] = (
+    point: Annotated[str, typer.Option(help="Where: residual, heads, attention, up, units, ffn or block_output.")] = (
         "block_output"
     ),
     level: Annotated[str, typer.Option(help="layer, cell, head (point heads) or slot.")] = "cell",
@@ -148,5 +148,7 @@ def _finish(result: Result, output: Path, folder: Path, source: Path, as_json: b
     result.save(output)
     save_figure(result.plot(), output / result.name)
     typer.echo(
-        format_json.dumps(result.to_dict()) if as_json else f"{result}\nwritten: {output}/{result.name}.json, .csv"
+        format_json.dumps(result.to_dict())
+        if as_json
+        else f"{result}\nwritten: {output}/{result.name}.json, .csv, .png, .svg"
     )

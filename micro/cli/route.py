@@ -82,6 +82,9 @@ def route(
     names = _checkpoint_names([folder, *(against or [])], inputs)
     groups = _groups(inputs, group_by)
     rated = _rated(ratings)
+    for other in against or []:
+        if not (other / "config.json").is_file():
+            raise ValueError(f"--against {other}: no model folder (it holds no config.json)")
     model, tokenizer = load_model(folder)
     sets = {"ablate": expert_set(ablate), "keep": expert_set(keep)}
     controls: dict[str, Any] = {name: names for name, names in sets.items() if names}

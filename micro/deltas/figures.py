@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, heat_map, new_figure
+from micro.analysis.figures import GREY, heat_map, new_figure, whole_numbers
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def deltas_figure(report: DeltaReport) -> Figure:
         axes[0].plot(x, [r["relative"][e] for r in layers], color=colours[e], marker="o", markersize=3,
                      label=report.experts[e])  # fmt: skip
     axes[0].set(xlabel="layer", ylabel="|delta| / |base|", title="How far experts went from the base", ylim=(0, None))
+    whole_numbers(axes[0].xaxis)
     axes[0].legend(frameon=False, fontsize=9)
     _cosine_panel(axes[1], report, layers, order)
     names = [report.experts[e] for e in order]
@@ -44,6 +45,7 @@ def _cosine_panel(ax: Axes, report: DeltaReport, layers: list[dict[str, Any]], o
         ax.plot([r["layer"] for r in layers], [r["cosine"][i][j] for r in layers], linewidth=1.3, label=label, **style)
     ax.axhline(report.unrelated_cosine, color="#c5221f", linewidth=1, label="unrelated")
     ax.set(xlabel="layer", ylabel="cosine", title="Cosine of deltas per layer")
+    whole_numbers(ax.xaxis)
     if len(pairs) <= 6:
         ax.legend(frameon=False, fontsize=8, ncols=2)
 
@@ -87,5 +89,6 @@ def compression_figure(report: CompressionReport) -> Figure:
         ylim=(0, 1),
         title=f"Deltas of low rank: {report.size:.2f} times one dense model",
     )
+    whole_numbers(axes[0].xaxis)
     axes[0].legend(frameon=False, fontsize=9, ncols=2)
     return figure

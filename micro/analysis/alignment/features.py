@@ -163,7 +163,10 @@ def pooled_activations(
         if unknown:
             raise ValueError(f"experts: the model has no {', '.join(unknown)}; it has {', '.join(map(str, names))}")
         names = list(experts)
-    indices = [layer % depth(config, point) for layer in layers] if layers else list(range(depth(config, point)))
+    end = depth(config, point)
+    indices = list(range(end)) if layers is None else [int(layer) for layer in layers]
+    if not indices or (outside := [layer for layer in indices if not 0 <= layer < end]):
+        raise ValueError(f"layers: expected some of 0..{end - 1}, got {outside if indices else 'none'}")
     ids = [-1] if names == [None] else [list(config.expert_names or ()).index(str(e)) for e in names]
     sums = torch.zeros(len(indices), len(ids), len(texts), width(config, point), dtype=torch.float64)
     chosen = None if names == [None] else [str(e) for e in names]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY
+from micro.analysis.figures import GREY, whole_numbers
 from micro.experts import NAMES
 from micro.report.palette import display_order, expert_colours
 
@@ -60,6 +60,7 @@ def _layers(ax: Axes, result: AlignmentResult) -> None:
     ax.plot(layers, null, color=GREY, linewidth=1, linestyle=(0, (1, 2)), label="shuffled responses, 95 %")
     _ceiling(ax, result, vertical=False)
     ax.set(xlabel="layer", ylabel="held-out Pearson r, median of voxels", title="Encoding score, 95 % intervals")
+    whole_numbers(ax.xaxis)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=8)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from micro.interventions.points import Point, axis
+from micro.interventions.points import Point, axis, check_point
 
 if TYPE_CHECKING:
     from micro.modeling import MiCRoConfig
@@ -49,8 +49,9 @@ def components(config: MiCRoConfig, point: Point, level: Level, slots: int = 0) 
     """
     if level not in ("layer", "cell", "head", "slot"):
         raise ValueError(f'level is {level!r}, expected "layer", "cell", "head" or "slot"')
+    check_point(point)
     if level == "head" and point != "heads":
-        raise ValueError(f'level "head" belongs to the point "heads", not to {point!r}')
+        raise ValueError(f'level "head" belongs to the point "heads", not to {point!r}: give "cell" or "layer"')
     layers = range(config.num_hidden_layers)
     cells = range(axis(config, point)) if axis(config, point) > 1 else [None]
     if level == "layer":

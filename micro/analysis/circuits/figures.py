@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from micro.analysis.circuits.components import Component
-from micro.analysis.figures import GREY, new_figure
+from micro.analysis.figures import GREY, new_figure, whole_numbers
 from micro.report.palette import display_order
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ def signed_map(ax: Axes, values: np.ndarray[Any, Any], xlabel: str, ylabel: str,
     ax.set(xlabel=xlabel, ylabel=ylabel)
     whole_numbers(ax.yaxis)
     return image
-
-
-def whole_numbers(axis: Any) -> None:
-    """No layer 0.5."""
-    axis.get_major_locator().set_params(integer=True)
 
 
 def patching_figure(result: PatchingResult) -> Figure:

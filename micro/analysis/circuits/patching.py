@@ -84,7 +84,9 @@ class PatchingResult(Result):
     def __str__(self) -> str:
         shown = self.table().head(20).to_string(index=False, float_format=lambda value: f"{value:.3f}")
         left = f"{self.excluded} excluded" if self.excluded else "none excluded"
-        return f"{shown}\n{len(self.clean)} pairs ({left}), {len(self.components)} components, the first 20 by effect"
+        pairs = f"{len(self.clean)} pairs" if len(self.clean) > 1 else "1 pair, so without intervals"
+        most = ", the 20 largest shown" if len(self.components) > 20 else ""
+        return f"{shown}\n{pairs} ({left}), {len(self.components)} components{most}"
 
 
 def _mean_interval(values: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, float]:

@@ -16,7 +16,7 @@ Text = str | Sequence[int]
 class PromptPair:
     """Two prompts of equally many tokens, and the next tokens that tell them apart.
 
-    ``answer`` is right after ``clean``, ``wrong`` after ``corrupt``. Texts, or lists of token ids.
+    ``answer`` is right after ``clean``, ``wrong`` after ``corrupt``, one token each. Texts, or lists of token ids.
     """
 
     clean: Text
@@ -45,16 +45,26 @@ def token_ids(text: Text, tokenizer: Any) -> list[int]:
     return ids
 
 
-def first_token(text: Text, tokenizer: Any) -> int:
-    """The first token of a continuation, without special tokens."""
+def one_token(text: Text, tokenizer: Any) -> int:
+    """The id of a continuation of one token, without special tokens.
+
+    Raises:
+        ValueError: it is none or several tokens: a logit belongs to one.
+    """
     if not isinstance(text, str):
-        return int(text[0])
-    if tokenizer is None:
+        ids = [int(i) for i in text]
+    elif tokenizer is None:
         raise ValueError(f"{text!r} is a text; give a tokenizer, or token ids")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"{text!r} has no token")
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        pieces = f" ({_pieces(ids, tokenizer)})" if ids and tokenizer is not None else ""
+        raise ValueError(f"{text!r} is {len(ids)} tokens{pieces}, expected one: give the one that counts, or its id")
     return int(ids[0])
+
+
+def _pieces(ids: Sequence[int], tokenizer: Any) -> str:
+    return " | ".join(repr(tokenizer.decode([i])) for i in ids)
 
 
 def encode_pair(pair: PromptPair, tokenizer: Any, number: int) -> EncodedPair:
@@ -65,11 +75,12 @@ def encode_pair(pair: PromptPair, tokenizer: Any, number: int) -> EncodedPair:
     """
     clean, corrupt = token_ids(pair.clean, tokenizer), token_ids(pair.corrupt, tokenizer)
     if len(clean) != len(corrupt) or not clean:
+        pieces = "" if tokenizer is None else f" ({_pieces(clean, tokenizer)}; {_pieces(corrupt, tokenizer)})"
         raise ValueError(
-            f"pair {number}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; patching needs prompts of "
-            "equal, positive length"
+            f"pair {number + 1}: clean has {len(clean)} tokens and corrupt {len(corrupt)}{pieces}; patching needs "
+            "prompts of equal, positive length"
         )
-    answer, wrong = first_token(pair.answer, tokenizer), first_token(pair.wrong, tokenizer)
+    answer, wrong = one_token(pair.answer, tokenizer), one_token(pair.wrong, tokenizer)
     if answer == wrong:
-        raise ValueError(f"pair {number}: answer and wrong begin with the same token ({answer})")
+        raise ValueError(f"pair {number + 1}: answer and wrong are the same token ({answer})")
     return EncodedPair(torch.tensor(clean), torch.tensor(corrupt), answer, wrong)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from micro import interventions as iv
 from micro.analysis.circuits.patching import same_routes
-from micro.analysis.circuits.prompts import Text, first_token, token_ids
+from micro.analysis.circuits.prompts import Text, one_token, token_ids
 from micro.analysis.inputs import evaluating
 from micro.analysis.result import Result
+from micro.analysis.statistics import interval
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -49,15 +50,20 @@ class RepairResult(Result):
     logit_replayed: dict[str, list[float]]
     logit_free: dict[str, list[float]]
     compensation: dict[str, list[list[float]]]  # [removed layer][later layer], routes replayed
+    interval: dict[str, list[list[list[float]]]]  # [layer][direct, total replayed, total free][low, high]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def repaired(self, part: str) -> tuple[list[float], list[float]]:
-        """Share that is made good, 1 - total / direct, routes replayed and free; NaN where nothing was direct."""
+        """Share that is made good, 1 - total / direct, routes replayed and free.
+
+        NaN where the direct effect is under a tenth of the part's largest: a ratio to noise says nothing.
+        """
         direct = np.asarray(self.direct[part])
+        least = max(1e-9, 0.1 * float(np.abs(direct).max()))
         shares = []
         for total in (self.total_replayed[part], self.total_free[part]):
             with np.errstate(divide="ignore", invalid="ignore"):
-                shares.append(np.where(np.abs(direct) > 1e-9, 1 - np.asarray(total) / direct, np.nan).tolist())
+                shares.append(np.where(np.abs(direct) >= least, 1 - np.asarray(total) / direct, np.nan).tolist())
         return shares[0], shares[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +85,8 @@ class RepairResult(Result):
                         "part": part,
                         "layer": layer,
                         "direct": value,
+                        "direct_low": self.interval[part][layer][0][0],
+                        "direct_high": self.interval[part][layer][0][1],
                         "total_replayed": self.total_replayed[part][layer],
                         "total_free": self.total_free[part][layer],
                         "repaired_by_layers": replayed[layer],
@@ -130,11 +138,13 @@ def self_repair(
         )
     wanted = list(range(model.config.num_hidden_layers) if layers is None else layers)
     found: dict[str, np.ndarray[Any, Any]] = {}
+    intervals: dict[str, Any] = {}
     with evaluating(model):
-        runs = [_PromptRun(model, token_ids(p, tokenizer), first_token(t, tokenizer)) for p, t in prompts]
+        runs = [_PromptRun(model, token_ids(p, tokenizer), one_token(t, tokenizer)) for p, t in prompts]
         for part in parts:
             work = track(runs, f"self-repair, {part}", unit="prompts", enabled=progress)
-            found[part] = np.mean([run.remove(part, wanted) for run in work], axis=0)
+            several = np.stack([run.remove(part, wanted) for run in work])
+            found[part], intervals[part] = several.mean(0), _intervals(several[:, :, :3])
     return RepairResult(
         prompts=len(prompts),
         direct={part: values[:, 0].tolist() for part, values in found.items()},
@@ -143,8 +153,25 @@ def self_repair(
         logit_replayed={part: values[:, 3].tolist() for part, values in found.items()},
         logit_free={part: values[:, 4].tolist() for part, values in found.items()},
         compensation={part: values[:, 5:].tolist() for part, values in found.items()},
-        settings={"layers": wanted, "slot": "the last of each prompt", "removal": "zero", "parts": list(parts)},
+        interval=intervals,
+        settings={
+            "interval": "95 % bootstrap over prompts",
+            "layers": wanted,
+            "slot": "the last of each prompt",
+            "removal": "zero",
+            "parts": list(parts),
+        },
     )
+
+
+def _intervals(values: np.ndarray[Any, Any]) -> Any:
+    """Of the means over prompts [P,layers,quantities]: [layers][quantities][low, high]; null for a single prompt."""
+    if len(values) < 2:
+        return [[[None, None]] * values.shape[2]] * values.shape[1]
+    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    weights = np.stack([np.bincount(row, minlength=len(values)) for row in drawn]) / len(values)
+    low, high = interval(np.einsum("dp,plq->dlq", weights, values))
+    return np.stack([low, high], -1).tolist()
 
 
 class _PromptRun:

@@ -116,6 +116,8 @@ class CogBenchResult(Result):
             lost = {name: r["unreadable"] for name, r in self.replies.items() if r["unreadable"]}
             told = ": " + ", ".join(f"{name} {n}" for name, n in lost.items()) if lost else ""
             lines.append(f"{sum(lost.values())} of {questions} replies were unreadable{told}")
+            if 2 * sum(lost.values()) > questions:
+                lines.insert(0, "MOST REPLIES WERE UNREADABLE: what follows scores random choices, not the model")
         if self.missing:
             lines.append(f"S_BRE without: {', '.join(self.missing)}")
         return "\n".join(lines)

@@ -39,20 +39,15 @@ def files(model, tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     records = data.generate(4, split="test", seed=3)
     data.save_records(records, folder / "data.jsonl")
-    pair = {"clean": "The red box", "corrupt": "The red box", "answer": " is", "wrong": " was"}
-    pair["corrupt"] = "The red cup"
+    pair = {"clean": [5, 6, 7], "corrupt": [5, 6, 8], "answer": "a", "wrong": [10]}
     (folder / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "The red", "answer": " box"}) + "\n")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "The red", "answer": "b"}) + "\n")
     return folder
 
 
-def test_every_command_writes_its_result(files, tokenizer, capsys):
+def test_every_command_writes_its_result(files, capsys):
     out = str(files / "out")
     model = str(files / "model")
-    same = len(tokenizer("The red box")["input_ids"]) == len(tokenizer("The red cup")["input_ids"])
-    if not same:
-        ids = {"clean": [5, 6, 7], "corrupt": [5, 6, 8], "answer": [9], "wrong": [10]}
-        (files / "pairs.jsonl").write_text(json.dumps(ids) + "\n")
     commands = {
         "patching": ["patch", model, "--pairs", str(files / "pairs.jsonl"), "--routes", "free"],
         "removal": ["remove", model, "--data", str(files / "data.jsonl"), "--how", "mean", "--limit", "2"],
@@ -69,6 +64,13 @@ def test_a_broken_line_is_named(files, capsys):
     (files / "bad.jsonl").write_text('{"clean": "a"}\n')
     assert cli.run(["circuits", "patch", str(files / "model"), "--pairs", str(files / "bad.jsonl")]) == 2
     assert "bad.jsonl, line 1: expected an object with clean, corrupt, answer, wrong" in capsys.readouterr().err
+
+
+def test_an_answer_of_several_tokens_is_told_apart(files, capsys):
+    row = {"clean": [5, 6], "corrupt": [5, 7], "answer": " extraordinarily", "wrong": [10]}
+    (files / "long.jsonl").write_text(json.dumps(row) + "\n")
+    assert cli.run(["circuits", "patch", str(files / "model"), "--pairs", str(files / "long.jsonl")]) == 2
+    assert "' extraordinarily' is" in capsys.readouterr().err
 
 
 def test_gates_lower_the_loss_and_stay_gates(model, tokenizer):
