@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from micro.interventions.session import Session, active
-from micro.modeling.controls import ACTIVE
+from micro.modeling.controls import ACTIVE, Phases
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
@@ -39,8 +39,10 @@ def plain(value: Any) -> Any:
         TypeError: a callable or another object whose content cannot be compared.
     """
     if isinstance(value, torch.Tensor):
-        bytes_ = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        bytes_ = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(bytes_).hexdigest()]
+    if isinstance(value, Phases):
+        return ["phases", plain(value.prompt), plain(value.answer)]
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (set, frozenset)):

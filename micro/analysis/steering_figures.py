@@ -50,7 +50,7 @@ def _matrix(ax: Axes, report: SteeringReport, rows: list[int], columns: list[int
                 ax.text(x + 0.33, y - 0.2, "*", ha="center", fontsize=11, color="white" if dark else "black")
     kinds = {"nats per token": "log-likelihood, nats per token", "points": "share correct, points"}
     kind = kinds.get(report.unit, report.unit)
-    ax.set(xlabel="steered to (* p < 0.05, Holm)", ylabel="row", title=f"Change of {kind}")
+    ax.set(xlabel="steered to (* p < 0.05, Holm)", ylabel="task or domain", title=f"Change of {kind}")
 
 
 def _styled(report: SteeringReport) -> list[tuple[dict[str, Any], str]]:

@@ -162,3 +162,17 @@ def test_there_is_one_version():
     header = (ROOT / "csrc/include/micro/version.h").read_text()
     assert f'"{micro.__version__}"' in header
     assert f"[{micro.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---- README ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_names_what_exists():
+    """The table of analyses: every name behind `analysis.`, and the further names of the same cell."""
+    from micro import analysis
+
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    cells = [line.rsplit("|", 2)[1] for line in rows if "`analysis." in line]
+    names = [n for cell in cells for n in re.findall(r"`(?:analysis)?\.(\w+)`", cell)]
+    assert len(names) > 10
+    assert [n for n in names if not hasattr(analysis, n)] == []

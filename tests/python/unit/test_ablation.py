@@ -253,6 +253,19 @@ def test_a_foreign_file_among_the_scores_is_named(tmp_path):
             score(one, [suite], [INTACT], store=store)
 
 
+def test_controls_are_compared_by_content():
+    from micro.analysis.fingerprints import plain
+
+    def bias(x):
+        return {"bias": torch.tensor(x)}
+
+    assert plain(bias(1.0)) == plain(bias(1.0)) != plain(bias(1.0 + 1e-7))
+    phases = micro.steering.Phases(prompt="logic", answer="social")
+    assert plain({"force": phases}) != plain({"force": micro.steering.Phases(prompt="logic", answer="world")})
+    with pytest.raises(TypeError, match="cannot be compared between runs"):
+        plain({"bias": lambda row, step: 0})
+
+
 def test_what_is_open_around_a_model_is_part_of_the_key(tmp_path):
     from small_models import small_model
 
