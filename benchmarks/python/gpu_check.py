@@ -2,7 +2,7 @@
 tests of the device, and then our speed against FlexAttention, SDPA with a mask, grouped products, the all-expert way
 and dense transformers. Outputs are compared before anything is timed.
 
-    python benchmarks/python/gpu_check.py [--list] [--rows attention,decode] [--minutes 10]
+    python benchmarks/python/gpu_check.py [--list] [--rows attention,decode] [--minutes 10] [--official FOLDER]
 
 Exit status: 0 all is well, 1 something failed, 2 this machine cannot run it (and what would have run is printed).
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import gpu_rows
 import torch
+from official import Official
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = f"{'':<37}{'ratio [extremes]':<24}{'ours / theirs':<22}{'differs':<9}against"
@@ -36,6 +37,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=10, help="comparisons that have not begun by then are left out"
     )
+    parser.add_argument("--official", type=Path, help="your copy of the official repository: the all-expert side")
+    parser.add_argument("--official-python", default=sys.executable, help="interpreter with the transformers it needs")
+    parser.add_argument("--official-revision", default="r2", choices=["r1", "r2"])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes")
     options = parser.parse_args(arguments)
     options.wanted = [name for name in options.rows.split(",") if name] or names
@@ -101,6 +105,16 @@ def run_tests(options: argparse.Namespace) -> list[str]:
 def run_rows(options: argparse.Namespace, deadline: float) -> list[str]:
     """The comparisons that failed or were left out."""
     bench = gpu_rows.Bench(torch.device(options.device), options.quick)
+    if options.official is not None:
+        bench.official = Official(options.official, options.official_python, options.official_revision, threads=1)
+    try:
+        return _run_rows(bench, options, deadline)
+    finally:
+        if bench.official is not None:
+            bench.official.close()
+
+
+def _run_rows(bench: gpu_rows.Bench, options: argparse.Namespace, deadline: float) -> list[str]:
     failed = []
     print(f"\n{HEAD}", flush=True)
     for row in gpu_rows.ROWS:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jobs import Decode, ForwardBackward, Prefill, Step, settle
-from lab import Models
+from jobs import JOBS, Decode, ForwardBackward, Prefill, Step, settle
+from lab import Models, Side
+from official import Official
 from outputs import compare
 from paired import Ratio, Rounds, Timed, rounds, seconds_of
 from rows_kernels import Attention
-from shapes import EXPERTS, LLAMA_1B, OLMO2_1B, SMOLLM2_135M, Shape, prompt, small
+from shapes import EXPERTS, LLAMA_1B, OLMO2_1B, REAL_VOCABULARY, SMOLLM2_135M, Shape, prompt, small
 from torch import Tensor
 
 from micro import ops
@@ -55,8 +56,19 @@ class Bench:
     device: torch.device
     quick: bool = False
     count: int = 7  # rounds
+    official: Official | None = None
+    _loaded: tuple[Any, ...] = (None, None, None)  # into the official classes: models, experts per token, dtype
+
+    @property
+    def others(self) -> str:
+        """What the side that runs every expert is."""
+        if self.official is None:
+            return "all experts, eager"
+        return f"official classes ({self.official.revision}, transformers {self.official.about['transformers']})"
 
     def shape(self, shape: Shape) -> Shape:
+        if self.official is not None and shape.name in REAL_VOCABULARY:  # its padding index needs the real one
+            shape = replace(shape, vocabulary=REAL_VOCABULARY[shape.name])
         return small(shape) if self.quick else shape
 
     def size(self, tokens: int) -> int:
@@ -69,8 +81,25 @@ class Bench:
         models.dense.to(self.device)  # its frequencies; the weights are there
         return models
 
-    def all_experts(self, models: Models, *arguments: Any, **options: Any) -> Any:
-        return models.all_experts(*arguments, **options).to(self.device)
+    def all_experts(
+        self,
+        models: Models,
+        kind: str,
+        ids: Tensor,
+        *,
+        k: int = 1,
+        share: bool = True,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> Side:
+        """A job of the official classes, or of every expert in plain torch where there is no copy of them."""
+        if self.official is None:
+            return JOBS[kind](models.all_experts(k, share=share, dtype=dtype).to(self.device), ids, **arguments)
+        loaded, experts, kept = self._loaded
+        if loaded is not models or (experts, kept) != (k, dtype):
+            self.official.load(models.ours, k, dtype, str(self.device))
+            self._loaded = (models, k, dtype)
+        return self.official.job(kind, ids, **arguments)
 
     def timed(self, call: Callable[[], object]) -> Timed:
         """A call that needs no preparation, as often as fills a region."""
@@ -276,14 +305,14 @@ def prefill(bench: Bench, shape: Shape, lengths: tuple[int, ...]) -> Iterator[Re
         forced = Prefill(models.ours, ids, {"force": models.ours.config.expert_names[0]})
         sides = {
             "ours": Prefill(models.ours, ids),
-            "theirs": Prefill(bench.all_experts(models), ids),
+            "theirs": bench.all_experts(models, "prefill", ids),
             "dense": Prefill(models.dense, ids),
         }
         over = compare("prefill", traced, _on_host(sides["theirs"].outputs()), BF16)
         dense = compare("prefill, one expert", _on_host(forced.outputs()), _on_host(sides["dense"].outputs()), BF16)
         taken = bench.rounds({name: side.seconds for name, side in sides.items()})
         where = f"{shape.name} {tokens}"
-        yield bench.result(f"G1 prefill {where}", taken, "theirs", "all experts, eager", "higher", over)
+        yield bench.result(f"G1 prefill {where}", taken, "theirs", bench.others, "higher", over)
         yield bench.result(f"G2 prefill {where}", taken, "dense", "dense transformers, sdpa", "lower", dense)
     _clear(bench.device)
 
@@ -296,19 +325,18 @@ def decode(bench: Bench) -> Iterator[Result]:
         new = 4 if bench.quick else 32
         sides = {
             "ours": Decode(models.ours, ids, new),
-            "theirs": Decode(bench.all_experts(models), ids, new),
+            "theirs": bench.all_experts(models, "decode", ids, new=new),
             "dense": Decode(models.dense, ids, new),
         }
         # Greedy tokens part at the first tie that rounding decides: the prompt's last logits are compared instead.
-        logits = {
-            name: {"logits": Prefill(sides[name].model, ids).outputs()["logits"].cpu()} for name in ("ours", "theirs")
-        }
+        prompts = {"ours": Prefill(models.ours, ids), "theirs": bench.all_experts(models, "prefill", ids)}
+        logits = {name: {"logits": side.outputs()["logits"].cpu()} for name, side in prompts.items()}
         found = compare("decode", logits["ours"], logits["theirs"], BF16)
         taken = bench.rounds({name: side.seconds for name, side in sides.items()})
         where = f"{keys} keys, {rows} rows"
-        yield bench.result(f"G3 decode {where}", taken, "theirs", "all experts, eager", "higher", found)
+        yield bench.result(f"G3 decode {where}", taken, "theirs", bench.others, "higher", found)
         yield bench.result(f"G3b decode {where}", taken, "dense", "dense transformers, sdpa", "higher", {})
-        del sides
+        del sides, prompts
         _clear(bench.device)
 
 
@@ -319,35 +347,35 @@ def training(bench: Bench) -> Iterator[Result]:
         ids = prompt(models.shape, bench.size(tokens))
         sides = {
             "ours": ForwardBackward(models.ours, ids),
-            "theirs": ForwardBackward(bench.all_experts(models, share=False), ids),
+            "theirs": bench.all_experts(models, "forward_backward", ids, share=False),
             "dense": ForwardBackward(models.dense, ids),
         }
         found = compare("training", _on_host(sides["ours"].outputs()), _on_host(sides["theirs"].outputs()), BF16)
         taken = bench.rounds({name: side.seconds for name, side in sides.items()})
-        yield bench.result(f"G9a training {tokens}", taken, "theirs", "all experts, eager", "higher", found)
+        yield bench.result(f"G9a training {tokens}", taken, "theirs", bench.others, "higher", found)
         yield bench.result(f"G9d training {tokens}", taken, "dense", "dense transformers, sdpa", "lower", {})
         del sides
         _clear(bench.device)
     ids = prompt(models.shape, bench.size(512))
     steps = {
-        "theirs": Step(bench.all_experts(models, 2, share=False), ids, routers_only=True),
+        "theirs": bench.all_experts(models, "step", ids, k=2, share=False, routers_only=True),
         "ours": Step(models.ours, ids, {"experts_per_token": 2}, routers_only=True, optimizer=_our_optimizer),
     }
     outputs = {name: _on_host(side.outputs()) for name, side in steps.items()}
     found = compare("stage-2 step", outputs["ours"], outputs["theirs"], BF16)
     taken = bench.rounds({name: side.seconds for name, side in steps.items()})
-    yield bench.result("G9c stage-2 step 512", taken, "theirs", "all experts, no expert gradients", "higher", found)
+    yield bench.result("G9c stage-2 step 512", taken, "theirs", f"{bench.others}, routers only", "higher", found)
 
 
 def step_with_masters(bench: Bench) -> Iterator[Result]:
     """bfloat16 weights with float32 masters in our optimizer, against float32 ones under autocast and fused AdamW."""
     models = bench.models(SMOLLM2_135M)
     ids = prompt(models.shape, bench.size(512))
-    theirs = Step(bench.all_experts(models, share=False, dtype=FP32), ids, autocast=True)
+    theirs = bench.all_experts(models, "step", ids, share=False, dtype=FP32, autocast=True)
     ours = Step(models.ours, ids, optimizer=_our_optimizer)
     found = compare("step with masters", _on_host(ours.outputs()), _on_host(theirs.outputs()), BF16)
     taken = bench.rounds({"ours": ours.seconds, "theirs": theirs.seconds})
-    yield bench.result("G9b step 512", taken, "theirs", "autocast(bfloat16), fused AdamW", "higher", found)
+    yield bench.result("G9b step 512", taken, "theirs", f"{bench.others}, autocast, fused AdamW", "higher", found)
 
 
 def _our_optimizer(parameters: list[Tensor]) -> AdamW:

@@ -47,7 +47,9 @@ class Official:
             raise WorkerError(f"worker, {command['do']!r}: {answer['error']}")
         return answer
 
-    def load(self, ours: Any, experts_per_token: int = 1, dtype: torch.dtype | None = None) -> None:
+    def load(
+        self, ours: Any, experts_per_token: int = 1, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> None:
         """The weights of a mixture, through an official checkpoint folder. dtype None: the mixture's."""
         config = ours.config
         folder = self.scratch / "model"
@@ -60,7 +62,7 @@ class Official:
             config.num_experts_per_tok = k
         class_name = CLASSES[self.revision, config.block_type, config.backbone][0]
         name = str(dtype or ours.dtype).removeprefix("torch.")
-        self.tell(do="load", folder=str(folder), class_name=class_name, dtype=name)
+        self.tell(do="load", folder=str(folder), class_name=class_name, dtype=name, device=device)
         shutil.rmtree(folder)
 
     def job(self, kind: str, ids: Tensor, **arguments: Any) -> RemoteJob:
@@ -86,7 +88,7 @@ class RemoteJob:
     def outputs(self) -> dict[str, Tensor]:
         path = self.worker.scratch / "outputs.pt"
         self.worker.tell(do="outputs", name=self.name, path=str(path))
-        found: dict[str, Tensor] = torch.load(path)
+        found: dict[str, Tensor] = torch.load(path, map_location="cpu")
         return found
 
     def peak_bytes(self) -> int:

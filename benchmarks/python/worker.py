@@ -75,11 +75,11 @@ class Worker:
         torch.set_num_threads(threads)
         return {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
 
-    def load(self, folder: str, class_name: str, dtype: str) -> dict[str, Any]:
+    def load(self, folder: str, class_name: str, dtype: str, device: str = "cpu") -> dict[str, Any]:
         """An official checkpoint folder through the class that its config names."""
         self.model, self.jobs = None, {}
         cls = find_class(self.root, class_name)
-        self.model = cls.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).eval()
+        self.model = cls.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).eval().to(device)
         return {"parameters": sum(p.numel() for p in self.model.parameters())}
 
     def job(self, name: str, kind: str, arguments: dict[str, Any]) -> dict[str, Any]:

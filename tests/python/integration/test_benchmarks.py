@@ -70,12 +70,18 @@ def bench(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run with a user's copy as the official side: every kind of row but the slow ones."""
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's copy of the official repository."""
     copy = tmp_path_factory.mktemp("copy")
     (copy / "models").mkdir()
     (copy / "models" / "some_file.py").write_text(COPY)
     (copy / "models" / "base.py").write_text(BASE)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def results(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run with a user's copy as the official side: every kind of row but the slow ones."""
     folder = tmp_path_factory.mktemp("results")
     out = bench(folder, "--rows", "G1b,G3c,G6,G7", "--official", str(copy))
     assert "official side: official classes (r2, transformers" in out
@@ -179,3 +185,15 @@ def test_what_actions_cost_is_measured(scripts: Any) -> None:
 
     ratios = interventions.measured(small(SMOLLM2_135M), tokens=4, count=1)
     assert set(ratios) == {f"{side}, {name}" for side in ("model", "engine") for name in interventions.BLOCKS}
+
+
+def test_the_check_of_a_device_takes_the_copy_as_well(copy: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), "--device", "cpu", "--quick", "--official", str(copy)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--rows", "decode,training,step"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("G3 ", "G9a", "G9b", "G9c"))]
+    assert len(lines) == 3 + 2 + 1 + 1
+    assert all("official classes (r2, transformers" in line for line in lines)
