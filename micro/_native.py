@@ -66,7 +66,7 @@ def _load() -> ModuleType:
 core = _load()
 
 # Operators whose work is done by another one's kernel.
-_HOME = {"stacked_linear": "expert_linear"}
+_HOME = {"moments_": "moments", "stacked_linear": "expert_linear"}
 
 
 def operators() -> list[str]:

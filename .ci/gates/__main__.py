@@ -56,7 +56,8 @@ def main() -> int:
         faults += emulator(options.jobs)
     for fault in faults:
         print(f"FAILED: {fault}")
-    print(f"gates: {len(faults)} findings" if faults else "gates: all passed")
+    passed = "gates: all passed" if nvcc else "gates: passed as far as they run without nvcc"
+    print(f"gates: {len(faults)} findings" if faults else passed)
     return 1 if faults else 0
 
 

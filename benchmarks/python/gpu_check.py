@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,10 @@ import torch
 from official import Official
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAD = f"{'':<37}{'ratio [extremes]':<24}{'ours / theirs':<22}{'differs':<9}against"
+HEAD = (
+    "ratio: theirs over ours; <=: ours over theirs, small is good. differs: largest relative difference of outputs\n"
+    f"{'comparison':<37}{'ratio [extremes]':<24}{'ours / theirs':<22}{'differs':<9}against"
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,7 +39,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cpu: only the comparisons, to show that they work")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and one round: measures nothing")
     parser.add_argument(
-        "--minutes", type=float, default=10, help="comparisons that have not begun by then are left out"
+        "--minutes",
+        type=float,
+        default=10,
+        help="for the comparisons, after the tests; what has not begun by then is left out, which counts as failed",
     )
     parser.add_argument("--official", type=Path, help="your copy of the official repository: the all-expert side")
     parser.add_argument("--official-python", default=sys.executable, help="interpreter with the transformers it needs")
@@ -64,12 +71,20 @@ def plan(options: argparse.Namespace) -> list[str]:
 def test_commands(options: argparse.Namespace) -> list[list[str]]:
     """Build the kernels' tests for a device, run them, run the Python tests of the device."""
     build, jobs = str(options.build), str(options.jobs)
+    switches = [*(f"-DMICRO_{name}=ON" for name in ("DEV", "TESTS", "CUDA", "GPU_TESTS")), *_machine_code()]
     return [
-        ["cmake", "-S", str(ROOT), "-B", build, "-DMICRO_CUDA=ON", "-DMICRO_GPU_TESTS=ON"],
+        ["cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja", *switches, f"-DPython_EXECUTABLE={sys.executable}"],
         ["ninja", "-C", build, "-k", "0", "-j", jobs],
-        ["ctest", "--test-dir", build, "--label-regex", "gpu", "--output-on-failure"],
+        ["ctest", "--test-dir", build, "--label-regex", "gpu", "--no-tests=error", "--output-on-failure"],
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "python")],
     ]
+
+
+def _machine_code() -> list[str]:
+    """For the device that is there: what is tested is what would run."""
+    if not torch.cuda.is_available():
+        return []
+    return ["-DMICRO_CUDA_ARCHITECTURES={}{}".format(*torch.cuda.get_device_capability())]
 
 
 def obstacle(device: str) -> str | None:
@@ -83,6 +98,8 @@ def obstacle(device: str) -> str | None:
         )
     if not torch.cuda.is_available():
         return "no CUDA device or driver was found on this machine"
+    if not (os.environ.get("CUDACXX") or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()):
+        return "nvcc was not found: install the CUDA toolkit, or name it in CUDACXX"
     return None
 
 
@@ -146,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "the CPU: shows that the comparisons work" if on_cpu else torch.cuda.get_device_name()
     print(f"micro on {device}; torch {torch.__version__}")
     failed = [] if on_cpu else run_tests(options)
-    failed += run_rows(options, begin + 60 * options.minutes)
+    failed += run_rows(options, time.monotonic() + 60 * options.minutes)
     print(f"\n{(time.monotonic() - begin) / 60:.1f} minutes; " + (f"{len(failed)} failed" if failed else "all is well"))
     print(*(f"  {what}" for what in failed), sep="\n", end="\n" if failed else "")
     return 1 if failed else 0

@@ -19,7 +19,8 @@ SHAPES = (SMOLLM2_135M, LLAMA_1B)
 
 LAUNCH_SECONDS = 3e-6
 ELEMENT = 2  # bytes of bfloat16
-ROW_TILE = 128  # rows of a tile of the grouped product
+MANY_ROWS, FEW_ROWS = 128, 32  # rows of a tile of the grouped product; few where an expert has at most two such tiles
+SPLIT_KEYS, SPLIT_QUERIES = 256, 4  # so few queries split the keys behind them, and merge in a launch more
 ATTENTION_WASTE = 1.25  # score tiles that are worked off over those that are needed, at most (C6)
 
 
@@ -62,7 +63,8 @@ def product(name: str, rows: int, width: int, outputs: int, *, matrices: int, st
     """
     share = rows if stacked else math.ceil(rows / matrices)
     used = matrices if stacked else min(matrices, rows)
-    tiles = used * math.ceil(share / ROW_TILE) * ROW_TILE
+    tile = FEW_ROWS if rows <= 2 * FEW_ROWS * (1 if stacked else matrices) else MANY_ROWS
+    tiles = used * math.ceil(share / tile) * tile
     moved = rows * width + used * outputs * width + (matrices if stacked else 1) * rows * outputs
     return Launch(name, 2.0 * tiles * width * outputs, ELEMENT * float(moved))
 
@@ -81,13 +83,15 @@ def layer(shape: Shape, tokens: int, keys: int) -> list[Launch]:
         ELEMENT * (2.0 * tokens * heads + read),
     )
     gated = product("gate, up, SwiGLU", tokens, hidden, 2 * shape.inner, matrices=EXPERTS)
+    splits = math.ceil(keys / SPLIT_KEYS) if tokens <= SPLIT_QUERIES else 1
+    merge = Launch("attention, merge", 0.0, (4.0 * splits + ELEMENT) * tokens * heads)
     return [
-        Launch("statistics", 0.0, rows),
         product("router, first map", tokens, hidden, hidden, matrices=1),
-        Launch("router, second map, decision", 2.0 * tokens * hidden * EXPERTS, rows),
+        Launch("token: statistic, router, decision", 2.0 * tokens * hidden * EXPERTS, 2 * rows),
         Launch("plan", 0.0, 20.0 * tokens),
         Launch("keys, values, queries", made.flops + asked.flops, made.bytes + asked.bytes),
         attention,
+        *([merge] if splits > 1 else []),
         product("output, residual", tokens, heads, hidden, matrices=EXPERTS),
         Launch("statistics", 0.0, rows),
         Launch(gated.name, gated.flops, gated.bytes - ELEMENT * tokens * shape.inner),
@@ -99,7 +103,7 @@ def layer_table(shape: Shape, tokens: int, keys: int, device: Device) -> str:
     lines = [f"{shape.name}, {tokens} tokens, {keys} keys, {device.name} (model, not measured)"]
     for launch in layer(shape, tokens, keys):
         lines.append(
-            f"  {launch.name:<30}{launch.flops / 1e9:>10.3f} GFLOP{launch.bytes / 1e6:>10.2f} MB"
+            f"  {launch.name:<36}{launch.flops / 1e9:>10.3f} GFLOP{launch.bytes / 1e6:>10.2f} MB"
             f"{launch.seconds(device) * 1e6:>9.1f} us  {launch.bound(device)}"
         )
     return "\n".join(lines)

@@ -34,8 +34,8 @@ else()
   endif()
   if(NOT MICRO_CUDA_REASON)
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
-      set(MICRO_CUDA_REASON "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.4")
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # the first that knows sm_100 and sm_120
+      set(MICRO_CUDA_REASON "nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.8")
     else()
       find_package(CUDAToolkit REQUIRED)
       # CMake knows nvcc's flag for C++20 from 3.26 on.

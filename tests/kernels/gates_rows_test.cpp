@@ -13,6 +13,8 @@
 #include "elements.h"
 #include "gates.h"
 #include "micro_kernels/combine.h"
+#include "micro_kernels/intervene.h"
+#include "micro_kernels/moments.h"
 #include "micro_kernels/permute.h"
 #include "micro_kernels/rms_norm.h"
 #include "micro_kernels/rope.h"
@@ -178,6 +180,37 @@ TYPED_TEST(GatesRows, RmsNormBackward) {
         rms_norm_backward,
         RmsNormBackwardParams{grad_y.data(), x.data(), gain.data(), expert.data(), inverse_rms.data(), grad_x.data(),
                               grad_gain.data(), kTokens, 1, kTokens, kHidden, kExperts, kDTypeOf<T>});
+  });
+}
+
+// One factor for all rows. It is read anew for every element of a vector, and the first cache has it.
+TYPED_TEST(GatesRows, Intervene) {
+  using T = TypeParam;
+  const Buffer<T> x = TestFixture::rows(kTokens), y(kTokens * kHidden), factor(std::vector<T>(1, T(0.5f)));
+  expect_launches(
+      {{2 * kTokens * TestFixture::kRow, 32.0 * kTokens * (16 / sizeof(T)) * std::ceil(TestFixture::kRow / 512)}}, [&] {
+        return MICRO_RUN(intervene, InterveneParams{x.data(), y.data(), nullptr, nullptr, nullptr, factor.data(),
+                                                    nullptr, kTokens, kHidden, 1, 1, 1, Change::kScale, kDTypeOf<T>});
+      });
+}
+
+TYPED_TEST(GatesRows, Moments) {
+  using T = TypeParam;
+  std::vector<int32_t> of_rows;
+  for (int64_t r = 0; r < kTokens; ++r) of_rows.push_back(static_cast<int32_t>(r % kExperts));
+  const Buffer<int32_t> expert(of_rows);
+  const Buffer<T> x = TestFixture::rows(kTokens);
+  const std::vector<double> zeros(kExperts * kHidden);
+  const Buffer<double> count(std::vector<double>(kExperts, 0.0)), mean(zeros), m2(zeros);
+  // Every block of 32 columns of an expert looks at the expert of every row, one word for a warp; sums are written
+  // where they were read.
+  const double looks = 32.0 * kExperts * kTokens * kHidden / 32, numbers = 8.0 * kExperts, experts = 4.0 * kTokens;
+  const Traffic sums{kTokens * TestFixture::kRow + experts + numbers + 2 * kHidden * numbers,
+                     looks + 2 * kHidden * numbers};
+  const Traffic counts{experts + numbers, kExperts * experts};
+  expect_launches({sums, counts}, [&] {
+    return MICRO_RUN(moments, MomentsParams{x.data(), nullptr, expert.data(), count.data(), mean.data(), m2.data(),
+                                            kTokens, kHidden, kExperts, kDTypeOf<T>});
   });
 }
 

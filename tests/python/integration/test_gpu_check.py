@@ -1,5 +1,6 @@
 """`make gpu-check` on a machine without a device: it says what it would run, and its comparisons work on the CPU."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -67,3 +68,17 @@ def test_what_has_not_begun_in_time_is_named() -> None:
     done = gpu_check("--device", "cpu", "--quick", "--rows", "optimizer", "--minutes", "-1")
     assert done.returncode == 1
     assert "optimizer: left out" in done.stdout
+
+
+def test_the_model_of_a_layer_has_the_launches_that_a_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9, and 10 where a few queries split many keys: kernels/README.md, block_forward_test."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    model = importlib.import_module("gpu_model")
+    try:
+        shape = model.SHAPES[0]
+        assert [len(model.layer(shape, *at)) for at in ((512, 512), (1, 100), (1, 512), (4, 300), (5, 300))] == [
+            9, 9, 10, 10, 9,
+        ]  # fmt: skip
+    finally:
+        for name in ("gpu_model", "shapes"):
+            sys.modules.pop(name, None)
