@@ -7,16 +7,14 @@ Every report prints a table, saves JSON and CSV (``.save(folder)``) and draws it
 """
 
 from micro.analysis import circuits
-from micro.analysis.ablation_report import AblationReport, LossSuite, Suite, ablation
-from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.agreement_report import AgreementReport, agreement
+from micro.analysis.ablations.cell_shapley_report import CellShapleyReport, cell_shapley
+from micro.analysis.ablations.cells import CellReport, cell_map, few_per_domain, random_cells
+from micro.analysis.ablations.compensation import CompensationReport, routing_compensation
+from micro.analysis.ablations.report import AblationReport, LossSuite, Suite, ablation
+from micro.analysis.ablations.scores import ScoreStore
+from micro.analysis.ablations.shapley_report import ShapleyReport, expert_shapley
 from micro.analysis.alignment import AlignmentResult, ReadingTimesResult, align, reading_times
-from micro.analysis.attribution import AttributionReport, attribution
 from micro.analysis.capture import Capture, capture
-from micro.analysis.cell_shapley_report import CellShapleyReport, cell_shapley
-from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
-from micro.analysis.compensation import CompensationReport, routing_compensation
-from micro.analysis.counting import majority_vote, usage_counts
 from micro.analysis.localizers import (
     LesionResult,
     LocalizerResult,
@@ -27,13 +25,15 @@ from micro.analysis.localizers import (
     localizer_mask,
     localizer_test,
 )
-from micro.analysis.resonance import ResonanceReport, TargetSuite, cell_effects, resonance, tunable_cells
-from micro.analysis.router_parts import RouterSplit, router_split
-from micro.analysis.routing_report import RoutingReport, routing
-from micro.analysis.selectivity_report import SelectivityReport, selectivity
-from micro.analysis.shapley_report import ShapleyReport, expert_shapley
-from micro.analysis.similarity_report import SimilarityReport, similarity
-from micro.analysis.steering_matrix import SteeringReport, bias_curves, steered_outputs, steering_matrix
+from micro.analysis.routes.agreement_report import AgreementReport, agreement
+from micro.analysis.routes.counting import majority_vote, usage_counts
+from micro.analysis.routes.report import RoutingReport, routing
+from micro.analysis.routes.selectivity_report import SelectivityReport, selectivity
+from micro.analysis.routes.similarity_report import SimilarityReport, similarity
+from micro.analysis.steering.attribution import AttributionReport, attribution
+from micro.analysis.steering.matrix import SteeringReport, bias_curves, steered_outputs, steering_matrix
+from micro.analysis.steering.resonance import ResonanceReport, TargetSuite, cell_effects, resonance, tunable_cells
+from micro.analysis.steering.router_parts import RouterSplit, router_split
 
 __all__ = [
     "AblationReport",

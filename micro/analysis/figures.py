@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.routing_report import RoutingReport
+    from micro.analysis.routes.report import RoutingReport
 
 GREY = "#5f6368"
 

@@ -40,10 +40,10 @@ def bootstrap(
 def interval(values: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
     """Percentile interval of draws ``[draws, ...]``; NaN draws are left out, all NaN gives NaN.
 
-    ``level=0.9`` gives the one-sided 95 % bounds.
+    ``level=0.9`` gives the one-sided 95 % bounds, 1 the whole range.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    if not 0 < level <= 1:
+        raise ValueError(f"level must lie above 0 and not above 1, got {level}")
     tail = (1 - level) / 2
     values = np.asarray(values, dtype=np.float64)
     if not np.isnan(values).any():

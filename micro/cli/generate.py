@@ -220,7 +220,7 @@ class Session:
 
         The last token was never processed, so it has no routing and is left plain.
         """
-        from micro.analysis.views import trace_view
+        from micro.analysis.routes.views import trace_view
         from micro.report.palette import expert_marks
 
         view = trace_view("", self.tokenizer, answer.ids, answer.routing, prompt=answer.prompt_length)
@@ -244,7 +244,7 @@ class Session:
 
     def as_dict(self, answer: Answer) -> dict[str, Any]:
         """What ``--json`` prints: the answer's tokens with the expert most layers chose (None: never processed)."""
-        from micro.analysis.views import trace_view
+        from micro.analysis.routes.views import trace_view
         from micro.data.previews import token_texts
 
         names = list(self.config.expert_names)

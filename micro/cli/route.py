@@ -119,7 +119,7 @@ def _groups(inputs: list[Any], field_name: str | None) -> list[str] | None:
 def _rated(path: Path | None) -> dict[str, list[Any]] | None:
     if path is None:
         return None
-    from micro.analysis.selectivity_report import read_ratings
+    from micro.analysis.routes.selectivity_report import read_ratings
 
     sentences, names, values = read_ratings(path)
     return {"sentence": sentences, **{name: values[:, k].tolist() for k, name in enumerate(names)}}
@@ -129,7 +129,7 @@ def _usage(
     run: _Run, inputs: list[Any], groups: list[str] | None, given: dict[str, Any], samples: int, positions: Any
 ) -> None:
     from micro.analysis import routing
-    from micro.analysis.routing_figures import flow_figure, groups_figure, layer_maps_figure, layers_figure
+    from micro.analysis.routes.figures import flow_figure, groups_figure, layer_maps_figure, layers_figure
 
     report = routing(
         run.model,
@@ -236,7 +236,7 @@ def _tokens(run: _Run, inputs: list[Any]) -> None:
 
 
 def _views(run: _Run, inputs: list[Any]) -> Iterator[Any]:
-    from micro.analysis.views import record_view, text_view
+    from micro.analysis.routes.views import record_view, text_view
 
     for i, item in enumerate(inputs):
         if isinstance(item, str):

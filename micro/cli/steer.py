@@ -47,8 +47,8 @@ def matrix(
     Scores are kept in OUTPUT/scores: a run that was stopped goes on from there.
     """
     from micro import analysis
-    from micro.analysis.ablation_scores import ScoreStore
-    from micro.analysis.steering_matrix import bias_curves, steered_outputs, steering_matrix
+    from micro.analysis.ablations.scores import ScoreStore
+    from micro.analysis.steering.matrix import bias_curves, steered_outputs, steering_matrix
 
     values, chosen = _numbers(bias), _sets(sets)
     records = read_inputs(data, [], limit)
@@ -87,8 +87,8 @@ def cells(
 
     Scores are kept in OUTPUT/scores: a run that was stopped goes on from there.
     """
-    from micro.analysis.ablation_scores import ScoreStore
-    from micro.analysis.resonance import tunable_cells
+    from micro.analysis.ablations.scores import ScoreStore
+    from micro.analysis.steering.resonance import tunable_cells
 
     known: dict[str, tuple[str, ...]] = {
         "suppress": ("suppress",), "force": ("force",), "both": ("suppress", "force"), "none": (),
@@ -126,7 +126,7 @@ def router(
     json: Json = False,
 ) -> None:
     """Split the router's logits into what embedding, attention and experts of earlier layers wrote."""
-    from micro.analysis.attribution import attribution
+    from micro.analysis.steering.attribution import attribution
 
     if (data is None) == (not texts):
         raise ValueError("give either --data FILE or one or more --text")

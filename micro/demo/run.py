@@ -148,7 +148,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 def _analyse(folder: Path, test: list[Record], output: Path, result: DemoResult, seed: int) -> None:
     from micro.analysis import LossSuite, ablation, routing
-    from micro.analysis.views import record_view
+    from micro.analysis.routes.views import record_view
 
     model, tokenizer = _load(folder)
     result.routing = routing(model, tokenizer, test, seed=seed, progress=True)
@@ -176,7 +176,7 @@ def _generate(folder: Path, result: DemoResult, seed: int) -> None:
     """One held-out prompt of each domain under all settings, in one batch: steering is an argument per row."""
     import torch
 
-    from micro.analysis.views import trace_view
+    from micro.analysis.routes.views import trace_view
     from micro.data import generate
     from micro.experts import NAMES
 

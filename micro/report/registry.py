@@ -35,54 +35,54 @@ class Kind:
 # In the order of the page; the key is the class's `name`, which is also the name of its JSON file.
 KINDS: dict[str, Kind] = {
     "routing": Kind(
-        "micro.analysis.routing_report:RoutingReport",
+        "micro.analysis.routes.report:RoutingReport",
         "Routing",
         "Which expert is the first choice of a token, over all texts and per layer. Usage is not importance: only an "
         "ablation says what an expert does.",
         card="routing",
     ),
     "agreement": Kind(
-        "micro.analysis.agreement_report:AgreementReport",
+        "micro.analysis.routes.agreement_report:AgreementReport",
         "Agreement of checkpoints",
         "How often two checkpoints send a token to the same expert, beside the same checkpoint on other texts and "
         "a freshly drawn router.",
     ),
     "similarity": Kind(
-        "micro.analysis.similarity_report:SimilarityReport",
+        "micro.analysis.routes.similarity_report:SimilarityReport",
         "Similarity of experts",
         "Cosine similarity of the outputs of two experts on tokens of the same sentences; an expert with itself is the "
         "ceiling of the comparison.",
     ),
     "selectivity": Kind(
-        "micro.analysis.selectivity_report:SelectivityReport",
+        "micro.analysis.routes.selectivity_report:SelectivityReport",
         "Selectivity and human ratings",
         "Does the share of a sentence that an expert takes follow what people say about the sentence?",
     ),
     "ablation": Kind(
-        "micro.analysis.ablation_report:AblationReport",
+        "micro.analysis.ablations.report:AblationReport",
         "Ablation",
         "What each task loses when a set of experts is removed in all layers and its tokens go to the remaining ones.",
         card="evaluation",
     ),
     "routing_compensation": Kind(
-        "micro.analysis.compensation:CompensationReport",
+        "micro.analysis.ablations.compensation:CompensationReport",
         "Compensation by routing",
         "The harm of an ablation with the intact model's routes replayed and with routes free: the difference is what "
         "later routers make good.",
     ),
     "cells": Kind(
-        "micro.analysis.cells:CellReport",
+        "micro.analysis.ablations.cells:CellReport",
         "Single cells",
         "What each task loses when one expert of one layer is removed; as controls the worst cell on held-out records, "
         "and whole experts against as many random cells.",
     ),
     "shapley": Kind(
-        "micro.analysis.shapley_report:ShapleyReport",
+        "micro.analysis.ablations.shapley_report:ShapleyReport",
         "Shapley values",
         "The fair share of each expert in a task's score, exact over all sets of experts, and how pairs interact.",
     ),
     "cell_shapley": Kind(
-        "micro.analysis.cell_shapley_report:CellShapleyReport",
+        "micro.analysis.ablations.cell_shapley_report:CellShapleyReport",
         "Shapley values of cells",
         "In which layers an expert's share of a task's score arises, from sampled orders of its layers.",
     ),
@@ -98,19 +98,19 @@ KINDS: dict[str, Kind] = {
         "What silencing the localized units costs, beside random units outside the mask.",
     ),
     "steering": Kind(
-        "micro.analysis.steering_matrix:SteeringReport",
+        "micro.analysis.steering.matrix:SteeringReport",
         "Steering",
         "How each task's score changes under each steering set, beside sets of random cells.",
         card="evaluation",
     ),
     "resonance": Kind(
-        "micro.analysis.resonance:ResonanceReport",
+        "micro.analysis.steering.resonance:ResonanceReport",
         "Resonance",
         "Which cells (one expert in one layer) prompts of one kind use more than prompts of another, and what it does "
         "to both to switch those cells, beside random cells.",
     ),
     "attribution": Kind(
-        "micro.analysis.attribution:AttributionReport",
+        "micro.analysis.steering.attribution:AttributionReport",
         "Router attribution",
         "Which earlier outputs (embedding, attention, feed-forward) decide the routers' logits, beside random routers, "
         "and which cell promotes or inhibits later ones.",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from micro.analysis.ablation_scores import expert_names
+from micro.analysis.ablations.scores import expert_names
 from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
 from micro.analysis.statistics import Array, bootstrap, ratio
 from micro.errors import MissingExtraError, choices

@@ -8,8 +8,8 @@ import torch
 from small_models import ALL_FOUR, random_ids, small_model
 
 from micro import analysis, data, ops
-from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.replayed_routes import record_routes, replayed_routes, without
+from micro.analysis.ablations.replayed_routes import record_routes, replayed_routes, without
+from micro.analysis.ablations.scores import ScoreStore
 from micro.cli import main as cli
 from micro.evaluation.candidates import CandidateScorer
 from micro.experts import NAMES

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import micro
 from micro import analysis, data
 from micro.analysis.batches import batches, encoded, shifted, token_losses
-from micro.analysis.views import record_view
+from micro.analysis.routes.views import record_view
 from micro.cli import main as cli
 from micro.experts import NAMES
 from micro.testing import tiny_tokenizer

@@ -7,7 +7,7 @@ from planted_suites import Planted, model
 
 import micro
 from micro import analysis
-from micro.analysis.ablation_scores import (
+from micro.analysis.ablations.scores import (
     INTACT,
     Condition,
     Scores,
@@ -17,7 +17,7 @@ from micro.analysis.ablation_scores import (
     ratio_error,
     score,
 )
-from micro.analysis.ablation_statistics import items_are_right_or_wrong, paired_errors
+from micro.analysis.ablations.statistics import items_are_right_or_wrong, paired_errors
 from micro.analysis.suites import NATS, SHARE, traits
 from micro.experts import NAMES
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from planted_suites import Planted, model
 
-from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.cell_shapley_report import CellShapleyReport, cell_shapley
-from micro.analysis.shapley import shapley_values
+from micro.analysis.ablations.cell_shapley_report import CellShapleyReport, cell_shapley
+from micro.analysis.ablations.scores import ScoreStore
+from micro.analysis.ablations.shapley import shapley_values
 
 LAYERS = 5
 

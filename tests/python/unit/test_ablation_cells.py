@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from planted_suites import Planted, model
 
-from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.ablation_statistics import sign_flip_p
-from micro.analysis.cells import CellReport, cell_map, few_per_domain, random_cells
+from micro.analysis.ablations.cells import CellReport, cell_map, few_per_domain, random_cells
+from micro.analysis.ablations.scores import ScoreStore
+from micro.analysis.ablations.statistics import sign_flip_p
 from micro.data import generate
 from micro.experts import NAMES
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from micro.analysis.published_tests import (
+from micro.analysis.ablations.published_tests import (
     PUBLISHED_ITEMS,
     average,
     mcnemar,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from micro.analysis import AblationReport, RoutingReport, majority_vote, usage_counts
-from micro.analysis.counting import counted_layers, entropy
+from micro.analysis.routes.counting import counted_layers, entropy
 from micro.analysis.statistics import bootstrap
 from micro.experts import NAMES
 

@@ -5,8 +5,8 @@ from matplotlib.figure import Figure
 from small_models import ALL_FOUR, random_ids, small_model
 
 from micro import interventions as iv
-from micro.analysis.attribution import AttributionReport, attribution, entanglement
-from micro.analysis.router_parts import RouterSplit, router_split
+from micro.analysis.steering.attribution import AttributionReport, attribution, entanglement
+from micro.analysis.steering.router_parts import RouterSplit, router_split
 
 
 class Letters:

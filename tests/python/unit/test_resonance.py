@@ -5,7 +5,8 @@ import torch
 from matplotlib.figure import Figure
 from small_models import small_model
 
-from micro.analysis.resonance import (
+from micro.analysis.steering.matrix import mean_change, sign_flips
+from micro.analysis.steering.resonance import (
     ResonanceReport,
     TargetSuite,
     _permuted,
@@ -17,7 +18,6 @@ from micro.analysis.resonance import (
     switch_top_cells,
     tunable_cells,
 )
-from micro.analysis.steering_matrix import mean_change, sign_flips
 
 CELL = (2, 1)
 LAYERS = 3

@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_models import small_model
 
-from micro.analysis.agreement_report import AgreementReport, _fresh_routers, _other_samples, agreement, compare
+from micro.analysis.routes.agreement_report import AgreementReport, _fresh_routers, _other_samples, agreement, compare
 from micro.experts import NAMES
 from micro.testing import tiny_tokenizer
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_models import small_model
 
-from micro.analysis.routing_pass import SampleCounts, drawn_samples
-from micro.analysis.routing_report import RoutingReport, routing
-from micro.analysis.routing_summary import accuracy_numbers, groups_of, usage_numbers
+from micro.analysis.routes.passes import SampleCounts, drawn_samples
+from micro.analysis.routes.report import RoutingReport, routing
+from micro.analysis.routes.summary import accuracy_numbers, groups_of, usage_numbers
 from micro.data import Record, Span, encode
 from micro.experts import NAMES
 from micro.modeling import RoutingTrace
@@ -273,7 +273,7 @@ def test_labels_of_four_experts_are_not_compared_with_two(tokenizer):
 
 @pytest.mark.filterwarnings("error")
 def test_figures_fit_their_pages(model, tokenizer, tmp_path):
-    from micro.analysis.routing_figures import flow_figure, groups_figure, layer_maps_figure, layers_figure
+    from micro.analysis.routes.figures import flow_figure, groups_figure, layer_maps_figure, layers_figure
 
     report = routing(
         model, tokenizer, [RECORD, RECORD], groups=["a name that is much too long for a bar", "b"], draws=20

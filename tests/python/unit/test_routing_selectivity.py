@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from small_models import small_model
 
-from micro.analysis.selectivity_report import SelectivityReport, correlations, read_ratings, selectivity
+from micro.analysis.routes.selectivity_report import SelectivityReport, correlations, read_ratings, selectivity
 from micro.testing import tiny_tokenizer
 
 WORDS = ("sad glad thinks knows hopes fears", "stone river iron copper engine ladder")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small_models import KINDS, small_model
 
-from micro.analysis.routing_pass import sentence_samples
-from micro.analysis.similarity_report import SimilarityReport, similarity
+from micro.analysis.routes.passes import sentence_samples
+from micro.analysis.routes.similarity_report import SimilarityReport, similarity
 from micro.testing import tiny_tokenizer
 
 SENTENCES = ["Mia feels sad today.", "The key is still in the drawer.", "Rivers carry sand to the sea."]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from planted_suites import Planted, model
 
-from micro.analysis.ablation_report import ablation
-from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.shapley import coalition, interactions, members, sampled_shapley, shapley_values
-from micro.analysis.shapley_report import ShapleyReport, expert_shapley
+from micro.analysis.ablations.report import ablation
+from micro.analysis.ablations.scores import ScoreStore
+from micro.analysis.ablations.shapley import coalition, interactions, members, sampled_shapley, shapley_values
+from micro.analysis.ablations.shapley_report import ShapleyReport, expert_shapley
 
 
 def random_game(players, *, seed=0, shape=()):

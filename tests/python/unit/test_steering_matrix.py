@@ -4,8 +4,8 @@ from matplotlib.figure import Figure
 from small_models import small_config, small_model
 
 import micro
-from micro.analysis.ablation_scores import ScoreStore
-from micro.analysis.steering_matrix import (
+from micro.analysis.ablations.scores import ScoreStore
+from micro.analysis.steering.matrix import (
     SteeringReport,
     bias_curves,
     specificity,

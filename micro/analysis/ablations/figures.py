@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.ablation_report import AblationReport
-    from micro.analysis.cell_shapley_report import CellShapleyReport
-    from micro.analysis.cells import CellReport
-    from micro.analysis.compensation import CompensationReport
-    from micro.analysis.shapley_report import ShapleyReport
+    from micro.analysis.ablations.cell_shapley_report import CellShapleyReport
+    from micro.analysis.ablations.cells import CellReport
+    from micro.analysis.ablations.compensation import CompensationReport
+    from micro.analysis.ablations.report import AblationReport
+    from micro.analysis.ablations.shapley_report import ShapleyReport
 
 RED = "#c5221f"
 FOUND = 0.05  # q of a marked cell

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.ablation_report import row_names
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
-from micro.analysis.ablation_statistics import DRAWS, drawn_means
+from micro.analysis.ablations.report import row_names
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.shapley import MOST_PLAYERS, interactions, members, shapley_values
+from micro.analysis.ablations.statistics import DRAWS, drawn_means
 from micro.analysis.result import Result
-from micro.analysis.shapley import MOST_PLAYERS, interactions, members, shapley_values
 from micro.analysis.statistics import Array, interval
 from micro.analysis.suites import SHARE, Suite
 from micro.files import write_text
@@ -101,7 +101,7 @@ class ShapleyReport(Result):
 
     def plot(self) -> Figure:
         """Values with intervals, one panel per row."""
-        from micro.analysis.ablation_figures import shapley_figure
+        from micro.analysis.ablations.figures import shapley_figure
 
         return shapley_figure(self)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.counting import counted_layers
 from micro.analysis.result import Result
-from micro.analysis.routing_pass import (
+from micro.analysis.routes.counting import counted_layers
+from micro.analysis.routes.passes import (
     MAX_SAMPLES,
     SAMPLE_SEED,
     Positions,
@@ -21,7 +21,7 @@ from micro.analysis.routing_pass import (
     labels_of,
     traces,
 )
-from micro.analysis.routing_summary import accuracy_numbers, groups_of, usage_numbers
+from micro.analysis.routes.summary import accuracy_numbers, groups_of, usage_numbers
 from micro.experts import LABELS
 from micro.files import write_text
 

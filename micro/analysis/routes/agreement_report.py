@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micro.analysis.counting import counted_layers, entropy
 from micro.analysis.result import Result
-from micro.analysis.routing_pass import (
+from micro.analysis.routes.counting import counted_layers, entropy
+from micro.analysis.routes.passes import (
     MAX_SAMPLES,
     SAMPLE_SEED,
     Positions,
@@ -23,7 +23,7 @@ from micro.analysis.routing_pass import (
     plain,
     traces,
 )
-from micro.analysis.statistics import Array, hierarchical_bootstrap, ratio
+from micro.analysis.statistics import Array, hierarchical_bootstrap, interval, ratio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +84,7 @@ class AgreementReport(Result):
         return pd.DataFrame(lines)
 
     def plot(self) -> Figure:
-        from micro.analysis.routing_figures import agreement_figure
+        from micro.analysis.routes.figures import agreement_figure
 
         return agreement_figure(self)
 
@@ -379,12 +379,12 @@ def _other_samples(name: str, decisions: Decisions, experts: int, draws: int, se
 
 def _null(name: str, kind: str, entries: list[dict[str, Array]]) -> dict[str, Any]:
     """Mean over draws, and where 95 % of them lie (of fewer than 40: all)."""
-    tail = 0.025 if len(entries) >= 40 else 0.0
+    level = 0.95 if len(entries) >= 40 else 1.0
     out: dict[str, Any] = {"first": name, "second": kind, "draws": len(entries)}
     for key in entries[0]:
         values = np.stack([entry[key] for entry in entries])
         known = ~np.isnan(values)
         out[key] = plain(ratio(np.where(known, values, 0.0).sum(0), known.sum(0).astype(np.float64)))
-        low, high = np.nanquantile(values, [tail, 1 - tail], axis=0)
+        low, high = interval(values, level)
         out[f"{key}_interval"] = plain(np.stack([low, high], -1))
     return out

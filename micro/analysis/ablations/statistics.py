@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from micro.analysis.ablation_scores import Scores, ratio_error
-from micro.analysis.published_tests import average, mcnemar, published_average, published_welch, stars
+from micro.analysis.ablations.published_tests import average, mcnemar, published_average, published_welch, stars
+from micro.analysis.ablations.scores import Scores, ratio_error
 from micro.analysis.statistics import Array, hierarchical_draws, holm, interval, permutation_p
 from micro.analysis.suites import SHARE
 from micro.errors import require

@@ -1,4 +1,4 @@
-"""Where a routing decision comes from: parts of router logits (:mod:`micro.analysis.router_parts`) over many tokens.
+"""Where a routing decision comes from: parts of router logits (``router_parts``) over many tokens.
 
 Source: "Understanding Cross-Layer Contributions to Mixture-of-Experts Routing in LLMs", 2026: influence as the variance
 of a part, entanglement of layers. Shares, random routers and tests are ours.
@@ -16,8 +16,8 @@ import torch
 from micro.analysis.batches import batches
 from micro.analysis.inputs import counted, input_rows, with_none
 from micro.analysis.result import Result
-from micro.analysis.router_parts import KINDS, RouterSplit, Splitter
 from micro.analysis.statistics import Array, benjamini_hochberg, permutation_p
+from micro.analysis.steering.router_parts import KINDS, RouterSplit, Splitter
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class AttributionReport(Result):
         return "" if share is None else f" (random {share:+.2f})"
 
     def plot(self) -> Figure:
-        from micro.analysis.attribution_figures import attribution_figure
+        from micro.analysis.steering.attribution_figures import attribution_figure
 
         return attribution_figure(self)
 

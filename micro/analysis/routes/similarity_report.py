@@ -14,7 +14,7 @@ from torch import Tensor
 
 from micro.analysis.batches import batches
 from micro.analysis.result import Result
-from micro.analysis.routing_pass import Samples, SentenceTokens, plain, sentence_samples
+from micro.analysis.routes.passes import Samples, SentenceTokens, plain, sentence_samples
 from micro.analysis.statistics import Array, hierarchical_bootstrap
 from micro.files import write_text
 from micro.progress import track
@@ -88,7 +88,7 @@ class SimilarityReport(Result):
         return f"{super().__str__()}\n{counts}"
 
     def plot(self) -> Figure:
-        from micro.analysis.routing_figures import similarity_figure
+        from micro.analysis.routes.figures import similarity_figure
 
         return similarity_figure(self)
 
@@ -116,7 +116,7 @@ def similarity(
         model: a MiCRo model of either kind; with FFN experts B_e is the FFN's output.
         tokenizer: its tokenizer.
         sentences: each becomes the only user turn; its own tokens count.
-        tokens: "sentence" or "published", see :func:`micro.analysis.routing_pass.sentence_samples`.
+        tokens: "sentence" or "published", see :func:`micro.analysis.routes.passes.sentence_samples`.
         chat: False = plain text without a template.
         controls: other steering arguments; which experts run is set here.
         max_tokens: slots per batch; the outputs of all layers of a batch are held at once.

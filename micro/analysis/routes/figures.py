@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.agreement_report import AgreementReport
-    from micro.analysis.routing_report import RoutingReport
-    from micro.analysis.selectivity_report import SelectivityReport
-    from micro.analysis.similarity_report import SimilarityReport
+    from micro.analysis.routes.agreement_report import AgreementReport
+    from micro.analysis.routes.report import RoutingReport
+    from micro.analysis.routes.selectivity_report import SelectivityReport
+    from micro.analysis.routes.similarity_report import SimilarityReport
 
 CHANCE = "#c5221f"
 MOST_GROUPS = 12  # bars that fit into a figure; the table holds all

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from micro.analysis.ablation_scores import GROUP, ScoreStore
+from micro.analysis.ablations.scores import GROUP, ScoreStore
 from micro.analysis.batches import batches, token_losses
 from micro.analysis.inputs import counted, evaluating, input_rows, with_none
 from micro.analysis.result import Result
@@ -119,7 +119,7 @@ class SteeringReport(Result):
         return "\n".join(lines)
 
     def plot(self) -> Figure:
-        from micro.analysis.steering_figures import steering_figure
+        from micro.analysis.steering.figures import steering_figure
 
         return steering_figure(self)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from micro.analysis.counting import counted_layers
 from micro.analysis.result import Result
-from micro.analysis.routing_pass import SampleCounts, SentenceTokens, plain, sentence_samples, traces
+from micro.analysis.routes.counting import counted_layers
+from micro.analysis.routes.passes import SampleCounts, SentenceTokens, plain, sentence_samples, traces
 from micro.analysis.statistics import Array, hierarchical_bootstrap, holm, permutation_p, ratio
 from micro.errors import require
 
@@ -80,7 +80,7 @@ class SelectivityReport(Result):
         return pd.DataFrame(lines)
 
     def plot(self) -> Figure:
-        from micro.analysis.routing_figures import selectivity_figure
+        from micro.analysis.routes.figures import selectivity_figure
 
         return selectivity_figure(self)
 
@@ -108,7 +108,7 @@ def selectivity(
         table: a column ``sentence`` and one numeric column per rating: a frame, a mapping of columns, or a CSV file.
             Lines with the same sentence (one per rater) are averaged.
         layers: "counted" leaves out the first two and the last two, as the usage of a routing report does.
-        tokens: "sentence" or "published", see :func:`micro.analysis.routing_pass.sentence_samples`.
+        tokens: "sentence" or "published", see :func:`micro.analysis.routes.passes.sentence_samples`.
         chat: each sentence is the only user turn; False = plain text without a template.
         controls: steering arguments of the forward passes.
         max_tokens: slots per batch.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, all_sets, expert_names, score
-from micro.analysis.ablation_statistics import DRAWS, Line, best_lines, claim_lines, drawn_means, split_records
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, all_sets, expert_names, score
+from micro.analysis.ablations.statistics import DRAWS, Line, best_lines, claim_lines, drawn_means, split_records
 from micro.analysis.result import Result
 from micro.analysis.statistics import interval
 from micro.analysis.suites import LossSuite, Suite
@@ -113,7 +113,7 @@ class AblationReport(Result):
 
     def plot(self, kind: Literal["rise", "bars"] = "rise") -> Figure:
         """``rise``: heat map of the change by row and ablated set; ``bars``: scores with intervals, a panel per row."""
-        from micro.analysis.ablation_figures import ablation_bars, ablation_heat_map
+        from micro.analysis.ablations.figures import ablation_bars, ablation_heat_map
 
         if kind not in ("rise", "bars"):
             raise ValueError(f'kind is {kind!r}, expected "rise" or "bars"')

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.ablation_report import row_names
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
-from micro.analysis.ablation_statistics import EXACT_RECORDS, Line, sign_flip_p
+from micro.analysis.ablations.report import row_names
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.statistics import EXACT_RECORDS, Line, sign_flip_p
 from micro.analysis.result import Result
 from micro.analysis.statistics import benjamini_hochberg, permutation_p
 from micro.analysis.suites import SHARE, Suite
@@ -113,7 +113,7 @@ class CellReport(Result):
 
     def plot(self) -> Figure:
         """Heat maps layer x expert, one per row; a dot where q <= 0.05."""
-        from micro.analysis.ablation_figures import cells_figure
+        from micro.analysis.ablations.figures import cells_figure
 
         return cells_figure(self)
 

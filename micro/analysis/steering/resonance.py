@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micro.analysis.ablation_scores import ScoreStore
+from micro.analysis.ablations.scores import ScoreStore
 from micro.analysis.batches import batches
 from micro.analysis.inputs import Row, counted, evaluating, input_rows
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p, ratio
-from micro.analysis.steering_matrix import mean_change, scored, sign_flips, unit_of_changes
+from micro.analysis.steering.matrix import mean_change, scored, sign_flips, unit_of_changes
 from micro.analysis.suites import LossSuite, Suite, traits
 from micro.errors import require
 from micro.progress import track
@@ -153,7 +153,7 @@ class ResonanceReport(Result):
         return f"{shown}\nsuppressed together ({cells}): A {top['a']:+.3f}, B {top['b']:+.3f}; random cells: A {random}"
 
     def plot(self) -> Figure:
-        from micro.analysis.resonance_figures import resonance_figure
+        from micro.analysis.steering.resonance_figures import resonance_figure
 
         return resonance_figure(self)
 

@@ -17,8 +17,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from micro.analysis.ablations.replayed_routes import RecordedRoutes, record_routes, replayed_routes
 from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
-from micro.analysis.replayed_routes import RecordedRoutes, record_routes, replayed_routes
 from micro.analysis.statistics import Array, ratio
 from micro.analysis.suites import ManySuite, Suite, Traits, traits
 from micro.progress import Progress
@@ -34,7 +34,7 @@ GROUP = 8  # conditions that a suite gets at once; scores are kept group by grou
 @dataclass(frozen=True)
 class Condition:
     """What is removed. ``ablate``: names of experts for all layers, or {layer: names}; ``routes``: what the tokens of
-    the other experts do ("replayed": :func:`~micro.analysis.replayed_routes.replayed_routes`).
+    the other experts do ("replayed": :func:`~micro.analysis.ablations.replayed_routes.replayed_routes`).
     """
 
     name: str

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from micro.analysis.ablation_report import asked_conditions, row_names
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
-from micro.analysis.ablation_statistics import DRAWS, Line, drawn_means, sign_flip_p
+from micro.analysis.ablations.report import asked_conditions, row_names
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.statistics import DRAWS, Line, drawn_means, sign_flip_p
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, holm, interval
 from micro.analysis.suites import SHARE, Suite
@@ -58,7 +58,7 @@ class CompensationReport(Result):
 
     def plot(self) -> Figure:
         """Bars of both harms, one panel per row."""
-        from micro.analysis.ablation_figures import compensation_figure
+        from micro.analysis.ablations.figures import compensation_figure
 
         return compensation_figure(self)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.resonance import ResonanceReport
+    from micro.analysis.steering.resonance import ResonanceReport
 
 
 def resonance_figure(report: ResonanceReport) -> Figure:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micro.analysis.counting import counted_layers, entropy
-from micro.analysis.routing_pass import SampleCounts, plain
+from micro.analysis.routes.counting import counted_layers, entropy
+from micro.analysis.routes.passes import SampleCounts, plain
 from micro.analysis.statistics import Array, hierarchical_bootstrap, ratio
 
 MOST_RELABELLINGS = 720

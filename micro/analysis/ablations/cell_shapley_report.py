@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.ablation_report import row_names
-from micro.analysis.ablation_scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.report import row_names
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.shapley import SampledShapley, sampled_shapley
 from micro.analysis.result import Result
-from micro.analysis.shapley import SampledShapley, sampled_shapley
 from micro.analysis.statistics import Array
 from micro.analysis.suites import SHARE, Suite
 from micro.progress import Progress
@@ -66,7 +66,7 @@ class CellShapleyReport(Result):
 
     def plot(self) -> Figure:
         """One panel per row: value by layer, a line per expert, the band is two standard errors."""
-        from micro.analysis.ablation_figures import cell_shapley_figure
+        from micro.analysis.ablations.figures import cell_shapley_figure
 
         return cell_shapley_figure(self)
 

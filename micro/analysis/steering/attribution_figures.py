@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.attribution import AttributionReport
+    from micro.analysis.steering.attribution import AttributionReport
 
 
 def attribution_figure(report: AttributionReport) -> Figure:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from micro.analysis.steering_matrix import SteeringReport
+    from micro.analysis.steering.matrix import SteeringReport
 
 
 def steering_figure(report: SteeringReport) -> Figure:
