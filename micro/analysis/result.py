@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -15,18 +16,19 @@ if TYPE_CHECKING:
 
 
 class Result(ABC):
-    """Base of all reports. A subclass names itself, holds JSON types only, and draws itself."""
+    """Base of all reports. A subclass is a dataclass that names itself, holds JSON types only, and draws itself."""
 
     name: ClassVar[str]
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All numbers and settings, as JSON types."""
+        content: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return content
 
     @classmethod
-    @abstractmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`."""
+        return cls(**content)
 
     @abstractmethod
     def table(self) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,13 +40,6 @@ class DeltaReport(Result):
         """norm, relative and cosine over all tensors of each layer."""
         layers = sorted({row["layer"] for row in self.rows})
         return [{"layer": layer, **_pool([r for r in self.rows if r["layer"] == layer])} for layer in layers]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> DeltaReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         import pandas as pd
@@ -142,13 +135,6 @@ class InterferenceReport(Result):
     rows: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> InterferenceReport:
-        return cls(**content)
-
     def table(self) -> pd.DataFrame:
         import pandas as pd
 
@@ -182,13 +168,6 @@ class CompressionReport(Result):
         """Weights of base and factors over those of one base: 1 + E * share, against E for full experts."""
         full = sum(row["parameters"] for row in self.rows)
         return float(1 + len(self.experts) * sum(row["low_rank_parameters"] for row in self.rows) / full)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> CompressionReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         import pandas as pd

@@ -40,10 +40,6 @@ class HarnessResult(Result):
     def to_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "settings": self.settings}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> HarnessResult:
-        return cls(**content)
-
     def table(self) -> pd.DataFrame:
         return require("pandas", "eval", "HarnessResult.table").DataFrame(self.rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -41,13 +41,6 @@ class CellShapleyReport(Result):
     units: list[str]
     records: int
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> CellShapleyReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per row, expert and layer: value, standard error."""

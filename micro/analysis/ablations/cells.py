@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,13 +67,6 @@ class CellReport(Result):
     held_out: list[Line] = field(default_factory=list)
     whole: list[Line] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> CellReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per row and cell: change, p, q; the smallest q first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -37,13 +37,6 @@ class CompensationReport(Result):
     records: int
     exact: bool  # replaying without ablation gave the intact scores bit for bit
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> CompensationReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """The lines."""

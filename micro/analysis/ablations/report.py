@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -68,13 +68,6 @@ class AblationReport(Result):
                 worst = singles[int(np.argmax([harm[c] for c in singles]))]
                 verdict[row] = worst == self.conditions.index(domain)
         return verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> AblationReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """Score of every row under every condition."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -50,13 +50,6 @@ class ShapleyReport(Result):
     records: int
     items: list[int]
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ShapleyReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per row and expert: value; its distance from the mean of the experts, which no convention moves;

@@ -55,10 +55,6 @@ class AlignmentResult(Result):
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "voxels"}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> AlignmentResult:
-        return cls(**content)
-
     def save(self, folder: str | Path) -> None:
         """Write ``alignment.json``, ``alignment.csv`` and, with r per voxel, ``alignment_voxels.npz``."""
         super().save(folder)
@@ -172,10 +168,6 @@ class ReadingTimesResult(Result):
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ReadingTimesResult:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         rows = [

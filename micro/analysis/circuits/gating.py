@@ -10,7 +10,7 @@ facilitating = G-, interfering = 1 - G+, irrelevant = G+ (1 - G-)        (causal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -68,13 +68,6 @@ class GatingResult(Result):
         """The class with the highest score, index into :data:`CLASSES`, [L,E',A]."""
         result: np.ndarray[Any, Any] = np.stack([self.scores()[name] for name in CLASSES]).argmax(0)
         return result
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> GatingResult:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One row per head: scores, their spread over seeds, the label."""

@@ -50,13 +50,6 @@ class PatchingResult(Result):
     excluded: int  # pairs whose prompts the model does not tell apart
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> PatchingResult:
-        return cls(**content)
-
     def table(self) -> pd.DataFrame:
         """One row per component: mean effect with a 95 % bootstrap interval over pairs, and the screen's mean."""
         import pandas as pd

@@ -51,13 +51,6 @@ class RemovalResult(Result):
         result: list[list[float]] = (change - (others if change.shape[1] > 1 else 0)).tolist()
         return result
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> RemovalResult:
-        return cls(**content)
-
     def table(self) -> pd.DataFrame:
         import pandas as pd
 

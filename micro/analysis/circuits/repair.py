@@ -9,7 +9,7 @@ compensate, with routes free also the routers (McGrath et al. 2023, the Hydra ef
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -65,13 +65,6 @@ class RepairResult(Result):
             with np.errstate(divide="ignore", invalid="ignore"):
                 shares.append(np.where(np.abs(direct) >= least, 1 - np.asarray(total) / direct, np.nan).tolist())
         return shares[0], shares[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> RepairResult:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         import pandas as pd

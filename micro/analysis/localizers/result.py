@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -63,10 +63,6 @@ class LocalizerResult(Result):
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ARRAYS}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> LocalizerResult:
-        return cls(**content)
 
     def save(self, folder: str | Path) -> None:
         """Write ``localizer.json``, ``.csv`` (experts), ``localizer_cells.csv`` and the arrays, ``localizer.npz``."""
@@ -194,13 +190,6 @@ class LesionResult(Result):
     def above_all_random(self) -> dict[str, bool]:
         """For each row: does the lesion harm more than every random mask?"""
         return {row: self.harm[r] > max(self.random[r]) for r, row in enumerate(self.rows)}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> LesionResult:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         import pandas as pd

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,13 +60,6 @@ class AgreementReport(Result):
     pairs: list[dict[str, Any]]
     nulls: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> AgreementReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per pair, nulls last."""

@@ -110,10 +110,6 @@ class RoutingReport(Result):
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> RoutingReport:
-        return cls(**content)
-
     def save(self, folder: str | Path) -> None:
         """``routing.json`` and ``.csv``, ``routing_layers.csv``, ``routing_groups.csv`` where there are groups or
         labels, and the counts per sample as ``routing.npz``.

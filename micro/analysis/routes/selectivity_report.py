@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -49,13 +49,6 @@ class SelectivityReport(Result):
     p: dict[str, list[list[float]]]
     p_holm: dict[str, list[list[float]]]
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SelectivityReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per measure, expert and rating."""

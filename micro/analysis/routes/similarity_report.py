@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -46,13 +46,6 @@ class SimilarityReport(Result):
     by_layer: list[list[float]]
     by_layer_interval: list[list[list[float]]]
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SimilarityReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per pair: mean over layers, with interval."""

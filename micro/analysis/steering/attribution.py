@@ -7,7 +7,7 @@ of a part, entanglement of layers. Shares, random routers and tests are ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -58,13 +58,6 @@ class AttributionReport(Result):
     entanglement_q: list[list[list[list[float | None]]]]
     rate: list[list[float]]
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> AttributionReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per layer and writer that can reach it."""

@@ -6,7 +6,7 @@ Steering sets keep Language and one domain (model.md 4.6); the set "language" ke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -80,13 +80,6 @@ class SteeringReport(Result):
     curves: list[dict[str, Any]] = field(default_factory=list)
     outputs: list[dict[str, str]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SteeringReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per row and set."""

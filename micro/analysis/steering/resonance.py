@@ -8,7 +8,7 @@ score may differ. With a few cells per layer every single cell can be tried, so 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -100,13 +100,6 @@ class ResonanceReport(Result):
         values = np.asarray(getattr(self, by))
         order = np.argsort(-values, axis=None, kind="stable")
         return [(int(i) // values.shape[1], int(i) % values.shape[1]) for i in order]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ResonanceReport:
-        return cls(**content)
 
     def table(self) -> pd.DataFrame:
         """One line per cell, the strongest resonance first."""

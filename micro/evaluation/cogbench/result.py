@@ -46,10 +46,6 @@ class CogBenchResult(Result):
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tables"}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> CogBenchResult:
-        return cls(**content)
-
     def rows(self) -> list[dict[str, Any]]:
         """One entry per metric, behaviour first: value, interval, human, random, s and bounded relative error."""
         out = []

@@ -43,10 +43,6 @@ class SuitesResult(Result):
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SuitesResult:
-        return cls(**content)
-
     def table(self) -> pd.DataFrame:
         """One line per task, row and condition; the means over rows come first."""
         lines = [
