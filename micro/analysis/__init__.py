@@ -8,8 +8,9 @@ Every report prints a table, saves JSON and CSV (``.save(folder)``) and draws it
 
 from micro.analysis import circuits
 from micro.analysis.ablations.cell_shapley_report import CellShapleyReport, cell_shapley
-from micro.analysis.ablations.cells import CellReport, cell_map, few_per_domain, random_cells
+from micro.analysis.ablations.cells import CellReport, cell_map, few_per_domain
 from micro.analysis.ablations.compensation import CompensationReport, routing_compensation
+from micro.analysis.ablations.random_cells import random_cells
 from micro.analysis.ablations.report import AblationReport, LossSuite, Suite, ablation
 from micro.analysis.ablations.scores import ScoreStore
 from micro.analysis.ablations.shapley_report import ShapleyReport, expert_shapley
@@ -31,7 +32,8 @@ from micro.analysis.routes.report import RoutingReport, routing
 from micro.analysis.routes.selectivity_report import SelectivityReport, selectivity
 from micro.analysis.routes.similarity_report import SimilarityReport, similarity
 from micro.analysis.steering.attribution import AttributionReport, attribution
-from micro.analysis.steering.matrix import SteeringReport, bias_curves, steered_outputs, steering_matrix
+from micro.analysis.steering.bias import bias_curves
+from micro.analysis.steering.matrix import SteeringReport, steered_outputs, steering_matrix
 from micro.analysis.steering.resonance import ResonanceReport, TargetSuite, cell_effects, resonance, tunable_cells
 from micro.analysis.steering.router_parts import RouterSplit, router_split
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from micro.analysis.batches import IGNORED, batches, encoded, shifted, token_losses
+from micro.analysis.groups import Groups, record_groups
 from micro.analysis.statistics import Array
+from micro.experts import LABELS, NAMES
 from micro.modeling.controls import ControlReader
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class Suite(Protocol):
     - ``unit``: default "nats per token", or "share correct" where higher is better
     - ``chance``: the score without any expert, a number or one per row; default ln V for a loss
     - ``fingerprint``: a string that changes with the items; without it scores are not kept on disk
+    - ``groups``: names [records][rows] of the groups (templates) that a record's items belong to, several or none each;
+      intervals then resample groups, and records in them (:mod:`micro.analysis.groups`)
     - ``score_many(model, [controls, ...])``: the same as ``score`` for several conditions at once, where it saves time
     """
 
@@ -96,7 +100,8 @@ class LossSuite:
     Args:
         records: labelled records.
         tokenizer: of the model.
-        names: names of the label rows; the four experts if not given.
+        names: of the label rows, those of the model's experts say; the four experts if not given, or if there are not
+            as many as labels.
         max_tokens: slots per batch.
         encode_options: passed to :func:`micro.data.encode`.
 
@@ -107,6 +112,7 @@ class LossSuite:
     task = "loss"
     higher_is_better = False
     unit = NATS
+    groups: Groups | None = None
 
     def __init__(
         self,
@@ -117,12 +123,11 @@ class LossSuite:
         max_tokens: int = 2048,
         encode_options: dict[str, Any] | None = None,
     ) -> None:
-        from micro.experts import NAMES
-
         if not records:
             raise ValueError("LossSuite: records is empty; give labelled records")
-        self.names = list(names or NAMES)
+        self.names = list(names) if names is not None and len(names) == len(LABELS) else list(NAMES)
         self.records = len(records)
+        self.groups = record_groups(records)
         self.max_tokens = max_tokens
         rows = encoded(records, tokenizer, **(encode_options or {}))
         if not rows:

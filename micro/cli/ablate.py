@@ -52,15 +52,21 @@ def ablate(
     cell_records: Annotated[
         int, typer.Option(min=1, help="Records per domain or task for --cells and --cell-orders.")
     ] = 20,
-    random_draws: Annotated[int, typer.Option(help="Random sets of cells for --cells, at least 20; 0 = none.")] = 20,
+    random_cells: Annotated[
+        bool, typer.Option("--random-cells", help="Each ablated set against as many random cells of every layer, too.")
+    ] = False,
+    random_draws: Annotated[
+        int, typer.Option(help="Random sets for --random-cells and --cells, at least 20; 0 = none.")
+    ] = 20,
     limit: Annotated[int | None, typer.Option(help="Use the first N records.")] = None,
     seed: Annotated[int, typer.Option(help="Of bootstrap, splits, random cells.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
 ) -> None:
     """Loss per domain and score per task with experts ablated, with paired intervals and tests.
 
-    Scores are kept in OUTPUT/scores: a run that was stopped goes on from there, and --shapley, --replayed, --cells and
-    --cell-orders can be added later.
+    Intervals resample records; where they name their templates (meta "templates" or "group"), templates and records in
+    them. Scores are kept in OUTPUT/scores: a run that was stopped goes on from there, and --shapley, --replayed,
+    --cells, --cell-orders and --random-cells can be added later.
     """
     from micro import analysis
 
@@ -76,7 +82,14 @@ def ablate(
     shared: dict[str, Any] = {"store": analysis.ScoreStore(output / "scores"), "seed": seed, "progress": True}
     suites = asked.suites()
     reports: list[Result] = [
-        analysis.ablation(model, suites, removed, validation=asked.validation(validation), **shared)
+        analysis.ablation(
+            model,
+            suites,
+            removed,
+            validation=asked.validation(validation),
+            random_draws=random_draws if random_cells else 0,
+            **shared,
+        )
     ]
     if shapley:
         reports.append(analysis.expert_shapley(model, suites, **shared))
@@ -160,8 +173,9 @@ def _show(report: Any) -> None:
     if not isinstance(report, AblationReport):
         return
     columns = ["task", "ablated", "change", "low", "high", "test", "p", "p_holm", "published_p", "published_stars"]
-    for frame in (report.tests()[columns], report.best_table()):
+    for frame in (report.tests()[columns], report.best_table(), report.random_table()):
         if len(frame):
             typer.echo("\n" + frame.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    typer.echo(f"intervals: {report.settings['interval']} over {report.settings['resampled']}")
     for row, worst in report.own_domain_is_worst.items():
         typer.echo(f"{row}: own expert's ablation is {'' if worst else 'not '}the worst of its row")

@@ -48,7 +48,8 @@ def matrix(
     """
     from micro import analysis
     from micro.analysis.ablations.scores import ScoreStore
-    from micro.analysis.steering.matrix import bias_curves, steered_outputs, steering_matrix
+    from micro.analysis.steering.bias import bias_curves
+    from micro.analysis.steering.matrix import steered_outputs, steering_matrix
 
     values, chosen = _numbers(bias), _sets(sets)
     records = read_inputs(data, [], limit)
@@ -59,7 +60,7 @@ def matrix(
         model, suite, chosen, random_sets=random_sets, seed=seed, store=store, progress=True
     )  # fmt: skip
     if curves:
-        report.curves = bias_curves(model, tokenizer, records, values=values, seed=seed, progress=True)
+        report.curves = bias_curves(model, tokenizer, records, values=values, seed=seed, store=store, progress=True)
     if prompts:
         report.outputs = steered_outputs(
             model, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, progress=True

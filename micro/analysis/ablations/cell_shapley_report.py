@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.ablations.report import row_names
-from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, row_names, score
 from micro.analysis.ablations.shapley import SampledShapley, sampled_shapley
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.ablations.report import row_names
-from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.random_cells import RANDOM_DRAWS, check_draws, random_cells
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, row_names, score
 from micro.analysis.ablations.statistics import EXACT_RECORDS, Line, sign_flip_p
 from micro.analysis.result import Result
 from micro.analysis.statistics import benjamini_hochberg, permutation_p
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from micro.modeling import MiCRoForCausalLM
 
 RECORDS_PER_DOMAIN = 20  # of a cell map: L * E conditions are many
-RANDOM_DRAWS = 20
 FLIPS = 50_000  # many cells: the smallest p must survive the correction
 
 
@@ -141,8 +140,7 @@ def cell_map(
 
     Source: model.md 9.3 (per-cell map); capabilities.md 2.
     """
-    if 0 < random_draws < RANDOM_DRAWS:
-        raise ValueError(f"random_draws: a control needs at least {RANDOM_DRAWS} draws (0 = none), got {random_draws}")
+    check_draws(random_draws)
     several = list(suites) if isinstance(suites, Sequence) else [suites]
     experts, layers = expert_names(model), int(model.config.num_hidden_layers)
     cells = [Condition(f"{l}:{name}", {l: (name,)}) for l, name in product(range(layers), experts)]
@@ -198,57 +196,3 @@ def _held_out(scores: Scores, row: int, name: str, experts: Sequence[str], seed:
             "p": float(permutation_p(harms[1][chosen], others)),
         }
     ]  # fmt: skip
-
-
-def random_cells(
-    model: MiCRoForCausalLM,
-    suites: Suite | Sequence[Suite],
-    *,
-    draws: int = RANDOM_DRAWS,
-    controls: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    store: ScoreStore | None = None,
-    progress: bool = False,
-) -> list[Line]:
-    """Control of whole-expert ablation by as many random cells: one expert per layer, drawn anew in each layer.
-
-    Args:
-        model: a MiCRo model of either kind.
-        suites: one or several tasks.
-        draws: random sets, at least 20.
-        controls: other steering arguments, the same in every condition.
-        seed: of the draws.
-        store: where scores are kept.
-        progress: show a bar on stderr.
-
-    Returns:
-        One line per row and expert: ``harm`` of removing it everywhere (above 0 = worse; nats or points), mean, lowest
-        and highest harm of the random sets, and ``p`` = ``(1 + sets that harm at least as much) / (1 + draws)``.
-
-    Raises:
-        ValueError: fewer than 20 draws.
-    """
-    if draws < RANDOM_DRAWS:
-        raise ValueError(f"random_cells: a control needs at least {RANDOM_DRAWS} draws, got {draws}")
-    several = list(suites) if isinstance(suites, Sequence) else [suites]
-    experts, layers = expert_names(model), int(model.config.num_hidden_layers)
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(0, len(experts), size=(draws, layers)).tolist()
-    random = [Condition(f"random {i}", {l: (experts[e],) for l, e in enumerate(row)}) for i, row in enumerate(chosen)]
-    conditions = [INTACT, *(Condition(name, (name,)) for name in experts), *random]
-    every = score(model, several, conditions, controls=controls, store=store, what="random cells", progress=progress)
-    lines: list[Line] = []
-    for scores, names in zip(every, row_names(every), strict=True):
-        about = scores.traits
-        harm = about.sign * about.factor * (scores.means[:1] - scores.means[1:])
-        null = harm[len(experts) :]
-        for row, e in product(scores.shown(), range(len(experts))):
-            lines.append(
-                {
-                    "task": names[row], "expert": experts[e], "unit": "points" if about.unit == SHARE else about.unit,
-                    "harm": float(harm[e, row]), "random_mean": float(null[:, row].mean()),
-                    "random_low": float(null[:, row].min()), "random_high": float(null[:, row].max()),
-                    "p": float(permutation_p(harm[e, row], null[:, row])), "draws": draws,
-                }
-            )  # fmt: skip
-    return lines

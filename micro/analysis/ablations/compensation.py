@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from micro.analysis.ablations.report import asked_conditions, row_names
-from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
-from micro.analysis.ablations.statistics import DRAWS, Line, drawn_means, sign_flip_p
+from micro.analysis.ablations.scores import (
+    INTACT,
+    Condition,
+    Scores,
+    ScoreStore,
+    asked_conditions,
+    expert_names,
+    row_names,
+    score,
+)
+from micro.analysis.ablations.statistics import DRAWS, Line, drawn_means, resampled, sign_flip_p
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, holm, interval
 from micro.analysis.suites import SHARE, Suite
@@ -80,7 +88,7 @@ def routing_compensation(
         sets: what to remove, as in :func:`~micro.analysis.ablation`; "all" goes without the sets that leave a single
             expert, where routing has nothing to choose.
         controls: other steering arguments, the same in every condition.
-        draws: of the bootstrap over records.
+        draws: of the bootstrap over records, or over groups of them where a suite has ``groups``.
         seed: of the bootstrap.
         store: where scores are kept; those of free routes are those of an ablation.
         progress: show a bar on stderr.
@@ -103,17 +111,18 @@ def routing_compensation(
     every = score(
         model, several, [*free, *replayed], controls=controls, store=store, what="routes replayed", progress=progress
     )
+    every_name = row_names(every)
     report = CompensationReport(
         [], sum(suite.records for suite in several),
         all(np.array_equal(scores.sums[0], scores.sums[len(free)]) for scores in every),
         {
-            "interval": "95 % paired bootstrap over records", "bootstrap_draws": draws, "seed": seed,
-            "correction": "Holm, one family: all lines",
+            "interval": "95 % paired bootstrap", **resampled(every, every_name), "bootstrap_draws": draws,
+            "seed": seed, "correction": "Holm, one family: all lines",
             "replayed": "choices of the intact run; an ablated one becomes the best remaining of its layer and token",
             "controls": {name: str(value) for name, value in (controls or {}).items()},
         },
     )  # fmt: skip
-    for scores, names in zip(every, row_names(every), strict=True):
+    for scores, names in zip(every, every_name, strict=True):
         report.lines += _lines(scores, names, len(free), draws, seed)
     for line, p in zip(report.lines, holm([line["p"] for line in report.lines]), strict=True) if report.lines else ():
         line["p_holm"] = float(p)

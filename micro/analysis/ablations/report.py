@@ -9,13 +9,29 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, all_sets, expert_names, score
-from micro.analysis.ablations.statistics import DRAWS, Line, best_lines, claim_lines, drawn_means, split_records
+from micro.analysis.ablations.random_cells import check_draws, random_cells
+from micro.analysis.ablations.scores import (
+    INTACT,
+    Condition,
+    Scores,
+    ScoreStore,
+    asked_conditions,
+    row_names,
+    score,
+)
+from micro.analysis.ablations.statistics import (
+    DRAWS,
+    Line,
+    best_lines,
+    claim_lines,
+    drawn_means,
+    resampled,
+    split_records,
+)
 from micro.analysis.result import Result
 from micro.analysis.statistics import interval
 from micro.analysis.suites import LossSuite, Suite
 from micro.files import write_text
-from micro.modeling.controls import ExpertNames
 
 __all__ = ["AblationReport", "LossSuite", "Suite", "ablation"]
 
@@ -30,8 +46,8 @@ if TYPE_CHECKING:
 class AblationReport(Result):
     """Score per row (task or domain) and condition, and its rise over no ablation with a paired bootstrap interval.
 
-    ``score`` and ``rise`` are in the unit of the row's suite (nats, or shares); ``claims`` and ``best`` are in nats or
-    points (100 times a share).
+    ``score`` and ``rise`` are in the unit of the row's suite (nats, or shares); ``claims``, ``best`` and ``random`` are
+    in nats or points (100 times a share). ``settings["resampled"]`` says what the bootstrap draws.
     """
 
     name: ClassVar[str] = "ablation"
@@ -50,6 +66,7 @@ class AblationReport(Result):
     domains: list[str] = field(default_factory=list)  # expert that each row belongs to, or its name
     claims: list[Line] = field(default_factory=list)
     best: list[Line] = field(default_factory=list)
+    random: list[Line] = field(default_factory=list)  # the control by random cells, if asked for
 
     def harm(self, row: int) -> list[float]:
         """How much worse each condition is than none in a row, in the row's unit; above 0 = worse."""
@@ -83,7 +100,8 @@ class AblationReport(Result):
         Columns: task, ablated, unit, records, items; intact, score (with intact_se, score_se over records), change with
         the standard error ``se`` of the paired difference and its 95 % bootstrap interval low..high; test ("exact
         McNemar" for records that are right or wrong, else "sign flips" of records), p, p_holm; p_bootstrap, the paired
-        bootstrap's p, which like the interval is too sure of itself below some 20 records;
+        bootstrap's p, which like the interval is too sure of itself below some 20 records. Interval and p_bootstrap
+        draw groups (templates) where the suite names them; se, p and p_holm speak of these records alone;
         and the published test: published_se (``sqrt(se^2 + intact_se^2)``), published_t, published_df, published_p,
         published_stars (unpaired, uncorrected). The line "Average" is over tasks scored as shares.
         """
@@ -97,10 +115,22 @@ class AblationReport(Result):
 
         return pd.DataFrame(self.best)
 
+    def random_table(self) -> pd.DataFrame:
+        """Each ablated set against as many random cells, as :func:`~micro.analysis.random_cells` returns them."""
+        import pandas as pd
+
+        return pd.DataFrame(self.random)
+
     def save(self, folder: str | Path) -> None:
-        """Write ablation.json, ablation.csv, and the claim tables ablation_tests.csv and ablation_best.csv."""
+        """Write ablation.json, ablation.csv, and the tables ablation_tests.csv, ablation_best.csv, ablation_random.csv
+        where they have lines.
+        """
         super().save(folder)
-        for suffix, lines, frame in (("tests", self.claims, self.tests), ("best", self.best, self.best_table)):
+        tables = (
+            ("tests", self.claims, self.tests), ("best", self.best, self.best_table),
+            ("random", self.random, self.random_table),
+        )  # fmt: skip
+        for suffix, lines, frame in tables:
             if lines:
                 write_text(Path(folder) / f"{self.name}_{suffix}.csv", frame().to_csv(index=False))
 
@@ -119,6 +149,7 @@ def ablation(
     sets: Literal["all"] | Sequence[str | Sequence[str]] | None = None,
     *,
     validation: Suite | Sequence[Suite] | float | None = None,
+    random_draws: int = 0,
     controls: Mapping[str, Any] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
@@ -135,22 +166,27 @@ def ablation(
         validation: where the best single ablation is chosen: suites with the same rows as ``suites``, in their order,
             or a share of the records of ``suites``, which the reported part then goes without. The one chosen on the
             test is always reported too, marked optimistic.
+        random_draws: control: so many random sets of cells, at least 20, for each number of experts that a set removes
+            (:func:`~micro.analysis.random_cells`); 0 = none.
         controls: other steering arguments, the same in every condition (``experts_per_token=1``, say).
-        draws: of the bootstrap over records.
-        seed: of the bootstrap and of a validation share.
+        draws: of the bootstrap over records, or over groups of them where a suite has ``groups`` (answers that were
+            made from templates do).
+        seed: of the bootstrap, of random cells and of a validation share.
         store: where scores are kept between calls and on disk; nowhere if not given.
         progress: show a bar on stderr.
 
     Returns:
-        An :class:`AblationReport`. Items are paired: intervals are of the difference (bootstrap over records), p values
-        those of :meth:`AblationReport.tests`, corrected by Holm over all lines; beside them the published test.
+        An :class:`AblationReport`. Items are paired: intervals are of the difference (bootstrap), p values those of
+        :meth:`AblationReport.tests`, corrected by Holm over all lines; beside them the published test.
 
     Raises:
-        ValueError: an unknown expert, a set that leaves no expert, or validation suites with other rows.
+        ValueError: an unknown expert, a set that leaves no expert, fewer than 20 random draws, or validation suites
+            with other rows.
 
     Source: MiCRo, causal ablation (model.md 9.3).
     """
     several = list(suites) if isinstance(suites, Sequence) else [suites]
+    check_draws(random_draws)
     conditions = [INTACT, *asked_conditions(model, sets)]
     store = ScoreStore() if store is None else store
     options: dict[str, Any] = {"controls": controls, "store": store, "progress": progress}
@@ -161,7 +197,7 @@ def ablation(
         records=sum(suite.records for suite in several), items=[],
         members=[list(c.ablate) for c in conditions if not isinstance(c.ablate, Mapping)],
         settings={
-            "interval": "95 % paired bootstrap over records", "bootstrap_draws": draws, "seed": seed,
+            "interval": "95 % paired bootstrap", **resampled(every, names), "bootstrap_draws": draws, "seed": seed,
             "correction": "Holm, one family: all lines of the claim table", "routes": "free",
             "controls": {name: str(value) for name, value in (controls or {}).items()},
         },
@@ -170,35 +206,11 @@ def ablation(
         _add_rows(report, scores, shown, draws, seed)
     report.claims = claim_lines(every, names, draws=draws, seed=seed)
     report.best = _best(model, every, names, conditions, validation, report.settings, draws, seed, options)
+    if random_draws:
+        shared: dict[str, Any] = {"draws": random_draws, "bootstrap_draws": draws, "seed": seed}
+        report.random = random_cells(model, several, sets, **shared, **options)
+        report.settings["random_draws"] = random_draws
     return report
-
-
-def asked_conditions(model: Any, sets: Literal["all"] | Sequence[str | Sequence[str]] | None) -> list[Condition]:
-    """One condition per set to remove, its experts by name and in the model's order."""
-    experts = expert_names(model)
-    if isinstance(sets, str):
-        if sets != "all":
-            raise ValueError(f'sets is {sets!r}, expected "all" or a list of sets')
-        return [Condition("+".join(group), group) for group in all_sets(experts)]
-    known = ExpertNames(model.config)
-    groups = []
-    for value in experts if sets is None else sets:
-        members = sorted(set(known.many(value, "sets")))
-        if not 0 < len(members) < len(experts):
-            raise ValueError(f"sets: {value!r} removes {len(members)} of {len(experts)} experts; leave one, remove one")
-        groups.append(tuple(experts[e] for e in members))
-    return [Condition("+".join(group), group) for group in groups]
-
-
-def row_names(every: Sequence[Scores]) -> list[list[str]]:
-    """Names of the rows; with that of the task where two suites use the same one."""
-    plain = [name for scores in every for name in scores.suite.names]
-    if len(set(plain)) == len(plain):
-        return [list(scores.suite.names) for scores in every]
-    full = [[f"{scores.traits.task}: {name}" for name in scores.suite.names] for scores in every]
-    if len({name for names in full for name in names}) < len(plain):
-        full = [[f"{i + 1} {name}" for name in names] for i, names in enumerate(full)]
-    return full
 
 
 def _add_rows(report: AblationReport, scores: Scores, names: Sequence[str], draws: int, seed: int) -> None:

@@ -19,8 +19,10 @@ import numpy as np
 
 from micro.analysis.ablations.replayed_routes import RecordedRoutes, record_routes, replayed_routes
 from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
+from micro.analysis.groups import Groups
 from micro.analysis.statistics import Array, ratio
 from micro.analysis.suites import ManySuite, Suite, Traits, traits
+from micro.modeling.controls import ExpertNames
 from micro.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,15 +73,35 @@ def all_sets(experts: Sequence[str]) -> list[tuple[str, ...]]:
     return [group for size in range(1, len(experts)) for group in combinations(experts, size)]
 
 
+def asked_conditions(model: Any, sets: Literal["all"] | Sequence[str | Sequence[str]] | None) -> list[Condition]:
+    """One condition per set to remove, its experts by name and in the model's order."""
+    experts = expert_names(model)
+    if isinstance(sets, str):
+        if sets != "all":
+            raise ValueError(f'sets is {sets!r}, expected "all" or a list of sets')
+        return [Condition("+".join(group), group) for group in all_sets(experts)]
+    known = ExpertNames(model.config)
+    groups = []
+    for value in experts if sets is None else sets:
+        members = sorted(set(known.many(value, "sets")))
+        if not 0 < len(members) < len(experts):
+            raise ValueError(f"sets: {value!r} removes {len(members)} of {len(experts)} experts; leave one, remove one")
+        groups.append(tuple(experts[e] for e in members))
+    return [Condition("+".join(group), group) for group in groups]
+
+
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one suite: sums [C,R,K] for C conditions, R records and K rows; counts [R,K]."""
+    """Scores of one suite: sums [C,R,K] for C conditions, R records and K rows; counts [R,K]; groups as in
+    :class:`micro.analysis.Suite`.
+    """
 
     suite: Suite
     traits: Traits
     conditions: list[Condition]
     sums: Array
     counts: Array
+    groups: Groups | None = None
 
     @property
     def means(self) -> Array:
@@ -99,6 +121,17 @@ class Scores:
     def shown(self) -> list[int]:
         """Rows that have items."""
         return np.flatnonzero(self.counts.sum(0) > 0).tolist()
+
+
+def row_names(every: Sequence[Scores]) -> list[list[str]]:
+    """Names of the rows; with that of the task where two suites use the same one."""
+    plain = [name for scores in every for name in scores.suite.names]
+    if len(set(plain)) == len(plain):
+        return [list(scores.suite.names) for scores in every]
+    full = [[f"{scores.traits.task}: {name}" for name in scores.suite.names] for scores in every]
+    if len({name for names in full for name in names}) < len(plain):
+        full = [[f"{i + 1} {name}" for name in names] for i, names in enumerate(full)]
+    return full
 
 
 def ratio_error(sums: Array, counts: Array) -> Array:
@@ -317,4 +350,14 @@ def _collected(
                 f"suite {about.task!r}: the number of items differs between {conditions[0].name!r} and "
                 f"{condition.name!r}; paired differences need the same items (count a missing answer as wrong)"
             )
-    return Scores(suite, about, conditions, np.stack([np.asarray(s, dtype=np.float64) for s, _ in known]), counts)
+    sums = np.stack([np.asarray(s, dtype=np.float64) for s, _ in known])
+    return Scores(suite, about, conditions, sums, counts, _named_groups(suite, about.task))
+
+
+def _named_groups(suite: Suite, task: str) -> Groups | None:
+    groups: Groups | None = getattr(suite, "groups", None)
+    if groups is not None and [len(record) for record in groups] != [len(suite.names)] * suite.records:
+        raise ValueError(
+            f"suite {task!r}: groups must hold names for each of {suite.records} records and {len(suite.names)} rows"
+        )
+    return groups

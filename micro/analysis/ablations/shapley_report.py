@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from micro.analysis.ablations.report import row_names
-from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, score
+from micro.analysis.ablations.scores import INTACT, Condition, Scores, ScoreStore, expert_names, row_names, score
 from micro.analysis.ablations.shapley import MOST_PLAYERS, interactions, members, shapley_values
-from micro.analysis.ablations.statistics import DRAWS, drawn_means
+from micro.analysis.ablations.statistics import DRAWS, drawn_means, resampled
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, interval
 from micro.analysis.suites import SHARE, Suite
@@ -115,7 +114,7 @@ def expert_shapley(
         model: a MiCRo model of either kind.
         suites: one or several tasks.
         controls: other steering arguments, the same for every set.
-        draws: of the bootstrap over records.
+        draws: of the bootstrap over records, or over groups of them where a suite has ``groups``.
         seed: of the bootstrap.
         store: where scores are kept; those of :func:`~micro.analysis.ablation` with ``sets="all"`` are these.
         progress: show a bar on stderr.
@@ -137,14 +136,16 @@ def expert_shapley(
     everybody = (1 << len(experts)) - 1
     conditions = [_keeping(experts, mask) for mask in range(everybody, 0, -1)]  # the intact model first
     every = score(model, several, conditions, controls=controls, store=store, what="shapley", progress=progress)
+    every_name = row_names(every)
     report = ShapleyReport(
         experts, [], [], [], [], [], [], [], [], sum(suite.records for suite in several), [],
         {
-            "interval": "95 % bootstrap over records", "bootstrap_draws": draws, "seed": seed, "worth_of_nobody": {},
-            "sets": everybody, "controls": {name: str(value) for name, value in (controls or {}).items()},
+            "interval": "95 % bootstrap", **resampled(every, every_name), "bootstrap_draws": draws, "seed": seed,
+            "worth_of_nobody": {}, "sets": everybody,
+            "controls": {name: str(value) for name, value in (controls or {}).items()},
         },
     )  # fmt: skip
-    for scores, names in zip(every, row_names(every), strict=True):
+    for scores, names in zip(every, every_name, strict=True):
         _add_rows(report, scores, names, draws, seed)
     return report
 

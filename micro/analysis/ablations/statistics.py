@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from micro.analysis.ablations.published_tests import average, mcnemar, published_average, published_welch, stars
 from micro.analysis.ablations.scores import Scores, ratio_error
-from micro.analysis.statistics import Array, hierarchical_draws, holm, interval, permutation_p
+from micro.analysis.statistics import Array, hierarchical_draws, holm, interval, permutation_p, ratio
 from micro.analysis.suites import SHARE
 from micro.errors import require
 
@@ -21,11 +22,67 @@ FLIPS = 20_000
 CHUNK = 1 << 22  # signs held at once
 
 Line = dict[str, Any]
+Integers = NDArray[np.int64]
 
 
 def drawn_means(scores: Scores, *, draws: int = DRAWS, seed: int = 0) -> Array:
-    """Mean scores [draws, C, K] under resampling of records, the same resample for every condition."""
-    return hierarchical_draws([np.arange(len(scores.counts))], scores.weighted, draws=draws, seed=seed)
+    """Mean scores [draws, C, K] under resampling, the same resample for every condition.
+
+    Records are drawn; where the suite names groups, groups and then records in each of them, row by row (Saravanan
+    2020). Where groups do not differ, drawing at both levels counts the spread of records twice: the interval is wider
+    than that over records, by up to the square root of 2.
+    """
+    if scores.groups is None:
+        return hierarchical_draws([np.arange(len(scores.counts))], scores.weighted, draws=draws, seed=seed)
+    return np.stack([_grouped_means(scores, row, draws, seed) for row in range(scores.counts.shape[1])], -1)
+
+
+def _grouped_means(scores: Scores, row: int, draws: int, seed: int) -> Array:
+    """[draws, C] of one row."""
+    record, group, share = row_groups(scores, row)
+    if not len(record):
+        return np.full((draws, len(scores.conditions)), np.nan)
+    sums, counts = scores.sums[:, record, row] * share, scores.counts[record, row] * share
+
+    def means(weights: Array) -> Array:
+        return ratio(weights @ sums.T, (weights @ counts)[:, None])
+
+    return hierarchical_draws([group, record], means, draws=draws, seed=seed)
+
+
+def row_groups(scores: Scores, row: int) -> tuple[Integers, Integers, Array]:
+    """(record, group, share) of every membership in a row: a record of several groups counts in equal shares in each,
+    one of none is a group of its own. Records without items of this row do not stand there.
+    """
+    assert scores.groups is not None
+    present = np.flatnonzero(scores.counts[:, row] > 0).tolist()
+    pairs: list[tuple[int, str | int, float]] = []
+    for record in present:
+        names: list[str | int] = [*scores.groups[record][row]] or [record]
+        pairs += [(record, name, 1 / len(names)) for name in names]
+    codes = {name: i for i, name in enumerate(dict.fromkeys(name for _, name, _ in pairs))}
+    return (
+        np.array([record for record, _, _ in pairs], np.int64),
+        np.array([codes[name] for _, name, _ in pairs], np.int64),
+        np.array([share for _, _, share in pairs], np.float64),
+    )
+
+
+def resampled(every: Sequence[Scores], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """For the settings of a result: ``resampled`` in words and, where groups are, their number in each row."""
+    grouped = [scores for scores in every if scores.groups is not None]
+    if not grouped:
+        return {"resampled": "records"}
+    told = "groups of records (templates), and records in them"
+    if alone := [scores.traits.task for scores in every if scores.groups is None]:
+        told += f"; of {', '.join(alone)} records"
+    counts = {
+        shown[row]: len(np.unique(row_groups(scores, row)[1]))
+        for scores, shown in zip(every, names, strict=True)
+        for row in scores.shown()
+        if scores.groups is not None
+    }
+    return {"resampled": told, "groups": counts}
 
 
 def paired_errors(scores: Scores) -> Array:
@@ -159,7 +216,7 @@ def _pooled(scores: Scores) -> Scores:
     joint = getattr(scores.suite, "joint", None)
     rows = [k for k in range(scores.counts.shape[1]) if k != joint]
     sums, counts = scores.sums[..., rows].sum(-1, keepdims=True), scores.counts[:, rows].sum(-1, keepdims=True)
-    return replace(scores, sums=sums, counts=counts)
+    return replace(scores, sums=sums, counts=counts, groups=None)  # errors only: nothing is drawn
 
 
 def _average_line(ablated: str, some: Sequence[Line]) -> Line:
@@ -249,5 +306,10 @@ def split_records(scores: Scores, share: float, seed: int) -> tuple[Scores, Scor
             f"validation: a share must lie between 0 and 1 and leave records on both sides, got {share} of {records}"
         )
     parts = [np.sort(order[:cut]), np.sort(order[cut:])]
-    first, second = (replace(scores, sums=scores.sums[:, part], counts=scores.counts[part]) for part in parts)
+    first, second = (_some_records(scores, part) for part in parts)
     return first, second
+
+
+def _some_records(scores: Scores, part: Integers) -> Scores:
+    groups = None if scores.groups is None else [scores.groups[record] for record in part.tolist()]
+    return replace(scores, sums=scores.sums[:, part], counts=scores.counts[part], groups=groups)

@@ -1,4 +1,4 @@
-"""What steering does: each task under each steering set, graded bias, and the answers side by side.
+"""What steering does: each task under each steering set, and the answers side by side.
 
 Steering sets keep Language and one domain (model.md 4.6); the set "language" keeps Language alone (ours).
 """
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from micro.analysis.ablations.scores import GROUP, ScoreStore
-from micro.analysis.batches import batches, token_losses
-from micro.analysis.inputs import counted, evaluating, input_rows, with_none
+from micro.analysis.inputs import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
 from micro.analysis.suites import SHARE, ManySuite, Suite, Traits, traits
@@ -26,11 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from micro.data import Record
     from micro.modeling import MiCRoConfig, MiCRoForCausalLM
 
 UNSTEERED = "unsteered"
-BIASES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)
 CHUNK = 512  # sign flips at once
 
 
@@ -55,7 +52,8 @@ class SteeringReport(Result):
     change where as many experts were ablated in every layer, but others in each; random_p [R][C]: share of these at
     least as high. index: mean over rows that have a set of the same name of (own set - mean of the other sets);
     index_p: against all assignments of sets to rows.
-    curves: graded bias, one entry per expert (see :func:`bias_curves`). outputs: answers per prompt and set.
+    curves: graded bias, one entry per expert (see :func:`micro.analysis.bias_curves`). outputs: answers per prompt and
+    set.
     """
 
     name: ClassVar[str] = "steering"
@@ -345,73 +343,6 @@ def specificity(rows: Sequence[str], sets: Sequence[str], change: Array) -> tupl
     return observed, float((every >= observed - 1e-12).mean())
 
 
-# ---------------------------------------------------------------- graded bias
-def bias_curves(
-    model: MiCRoForCausalLM,
-    tokenizer: Any,
-    records: Sequence[Record],
-    *,
-    experts: Sequence[str] | None = None,
-    values: Sequence[float] = BIASES,
-    layers: Sequence[int] | None = None,
-    max_tokens: int = 2048,
-    encode_options: dict[str, Any] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """Router logit of one expert + b in all layers, for several b: how often it is chosen and what that does.
-
-    Args:
-        model: a MiCRo model of either kind.
-        tokenizer: of the model.
-        records: held-out labelled records.
-        experts: whose logit is raised; each if not given.
-        values: of b, in nats.
-        layers: where; all if not given.
-        max_tokens: slots per batch.
-        encode_options: passed to :func:`micro.data.encode`.
-        draws: of the bootstrap over records.
-        seed: of the bootstrap.
-        progress: show a bar on stderr.
-
-    Returns:
-        One dict per expert, for ``SteeringReport.curves``: expert, values [N]; probability [N] and usage [N]: the
-        router's mean probability of the expert and the share of tokens with it among their experts, over tokens that
-        predict an answer and over layers; change [N][domains] in log-likelihood, nats per token, against b = 0, with
-        interval [N][domains][2]; domains.
-    """
-    rows = input_rows(records, tokenizer, "bias_curves", encode_options=encode_options)
-    if "routing_labels" not in rows[0][1]:
-        raise ValueError("bias_curves: needs labelled records, not texts")
-    names = list(model.config.expert_names or [])
-    chosen = list(experts or names)
-    work = list(batches(rows, tokenizer, max_tokens=max_tokens))
-    conditions = [(name, float(b)) for name in chosen for b in values]
-    with evaluating(model):
-        free = _biased(model, work, len(records), {})
-        found = [
-            _biased(model, work, len(records), _bias(name, b, layers)) if b else free  # 0 changes no bit
-            for name, b in track(conditions, "bias", unit="settings", enabled=progress)
-        ]
-    out = []
-    for i, name in enumerate(chosen):
-        some = found[i * len(values) : (i + 1) * len(values)]
-        change = mean_change(np.stack([free[0] - sums for sums, *_ in some]), free[1])  # minus a loss
-        e = names.index(name)
-        low, high = bootstrap(len(records), change, draws=draws, seed=seed)
-        out.append(
-            {
-                "expert": name, "values": [float(b) for b in values], "domains": names,
-                "layers": None if layers is None else list(layers),
-                "probability": [float(one[2][e]) for one in some], "usage": [float(one[3][e]) for one in some],
-                "change": with_none(change(np.ones(len(records)))),
-                "interval": with_none(np.stack([low, high], -1)),
-            }
-        )  # fmt: skip
-    return out
-
-
 def unit_of_changes(one: Traits) -> str:
     """Of differences of a suite's scores, times their factor."""
     return "points" if one.unit == SHARE else one.unit
@@ -420,39 +351,6 @@ def unit_of_changes(one: Traits) -> str:
 def mean_change(differences: Array, counts: Array) -> Callable[[Array], Array]:
     """Weights of records -> mean of differences [N,records,K] over items [records,K]."""
     return lambda weights: ratio(np.einsum("brk,r->bk", differences, weights), weights @ counts)
-
-
-def _bias(expert: str, b: float, layers: Sequence[int] | None) -> dict[str, Any]:
-    inner = {expert: b}
-    return {"bias": inner if layers is None else dict.fromkeys(layers, inner)}
-
-
-def _biased(
-    model: MiCRoForCausalLM, work: Sequence[Any], records: int, controls: dict[str, Any]
-) -> tuple[Array, Array, Array, Array]:
-    """Losses and counts [records,E] by label; mean probability and usage of each expert [E]."""
-    from micro.modeling.steer import Steering
-
-    experts = model.config.num_experts
-    sums, counts = np.zeros((records, experts)), np.zeros((records, experts))
-    probability, usage, tokens = np.zeros(experts), np.zeros(experts), 0
-    for indices, batch in work:
-        steering = Steering.make(model.config, **controls)
-        steering.trace = []
-        losses = token_losses(model, batch, steering=steering, output_routing=True).double().numpy()
-        predicting = counted(batch, "predicting")
-        labels = torch.roll(batch["routing_labels"], -1, 1).numpy()
-        for row, record in enumerate(indices):
-            wanted = predicting[row].numpy()
-            np.add.at(sums[record], labels[row][wanted], losses[row][wanted])
-            np.add.at(counts[record], labels[row][wanted], 1)
-        trace = steering.trace[0]
-        probs, ids, weights = (x[:, predicting.to(x.device)] for x in (trace.probs, trace.ids, trace.weights))
-        chosen = torch.zeros_like(probs, dtype=torch.float64).scatter_add_(-1, ids.long(), (weights > 0).double())
-        probability += probs.double().sum((0, 1)).cpu().numpy()
-        usage += chosen.sum((0, 1)).cpu().numpy()
-        tokens += probs.shape[0] * probs.shape[1]
-    return sums, counts, probability / max(tokens, 1), usage / max(tokens, 1)
 
 
 # ---------------------------------------------------------------- answers side by side

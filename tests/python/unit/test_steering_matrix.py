@@ -5,9 +5,9 @@ from small_models import small_config, small_model
 
 import micro
 from micro.analysis.ablations.scores import ScoreStore
+from micro.analysis.steering.bias import bias_curves
 from micro.analysis.steering.matrix import (
     SteeringReport,
-    bias_curves,
     specificity,
     steered_outputs,
     steering_matrix,
@@ -128,23 +128,6 @@ def test_change_of_a_loss_is_the_change_of_log_likelihood(tokenizer, records):
     assert report.score == pytest.approx(sums[0] / counts)
 
 
-def test_bias_moves_probability_and_usage_up_and_zero_changes_nothing(tokenizer, records):
-    model = tiny(tokenizer, num_hidden_layers=1)
-    for curve in bias_curves(model, tokenizer, records, values=[-1e4, -4, -1, 0, 1, 4, 1e4], draws=50):
-        for share in (curve["probability"], curve["usage"]):
-            assert np.all(np.diff(share) >= 0)
-            assert share[0] == 0
-            assert share[-1] == 1
-        assert np.nanmax(np.abs(np.array(curve["change"][3], float))) == 0
-        assert np.nanmax(np.abs(np.array(curve["change"][0], float))) > 0
-
-
-def test_bias_in_one_layer_only(tokenizer, records):
-    model = tiny(tokenizer, num_hidden_layers=2)
-    curve = bias_curves(model, tokenizer, records, values=[1e4], experts=["logic"], layers=[0], draws=10)[0]
-    assert 0.5 <= curve["usage"][0] < 1
-
-
 def test_answers_under_each_set_are_those_of_generate(tokenizer):
     model = tiny(tokenizer).float()
     out = steered_outputs(model, tokenizer, ["Two and two?", "Why?"], max_new_tokens=6)
@@ -217,5 +200,3 @@ def test_bad_sets_are_refused(tokenizer, records):
     other.unit = "share correct"
     with pytest.raises(ValueError, match="different units"):
         steering_matrix(model, [PlantedSuite(0), other])
-    with pytest.raises(ValueError, match="labelled records, not texts"):
-        bias_curves(tiny(tokenizer), tokenizer, ["one text", "another"])
