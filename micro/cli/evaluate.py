@@ -33,6 +33,10 @@ def cogbench(
         str | None, typer.Option(help="What counts as random: own, published; default: by preset.")
     ] = None,
     runs: Annotated[int | None, typer.Option(help="Runs of each experiment; default: those of the protocol.")] = None,
+    step_by_step: Annotated[
+        bool, typer.Option("--step-by-step", help="The model reasons first; its final answer counts.")
+    ] = False,
+    reasoning_tokens: Annotated[int, typer.Option(min=1, help="Longest reply for --step-by-step.")] = 350,
     batch_size: Annotated[int, typer.Option(help="Prompts that are completed together.")] = 32,
     ablate: Annotated[str | None, typer.Option(help="Comma list of experts to ablate.")] = None,
     keep: Annotated[str | None, typer.Option(help="Comma list of experts to keep.")] = None,
@@ -55,6 +59,8 @@ def cogbench(
         batch_size=batch_size,
         controls={name: value for name, value in given.items() if value is not None},
         baseline=baseline,
+        step_by_step=step_by_step,
+        reasoning_tokens=reasoning_tokens,
         output=output,
         progress=True,
     )

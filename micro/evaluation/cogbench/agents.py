@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +11,10 @@ import torch
 
 from micro.analysis.fingerprints import model_fingerprint, open_session, plain
 from micro.evaluation.cogbench.experiment import Query
+from micro.evaluation.cogbench.step_by_step import Reasoned
 from micro.modeling.controls import ACTIVE, Phases
+
+Ended = Callable[[int, list[int]], bool]  # (row, tokens of its reply so far)
 
 
 @runtime_checkable
@@ -33,14 +36,7 @@ class RandomAgent:
         self._generator = np.random.default_rng(seed)
 
     def answer(self, queries: Sequence[Query], runs: Sequence[int]) -> list[str]:
-        return [reply_text(query, query.guess(self._generator)) for query in queries]
-
-
-def reply_text(query: Query, answer: float) -> str:
-    """An answer as the text that continues the prompt: the option, or four decimals at most."""
-    if query.options:
-        return query.options[int(answer)]
-    return f"{min(max(answer, 0.0), 0.9999):.4f}"[2:]
+        return [query.reply(query.guess(self._generator)) for query in queries]
 
 
 class ModelAgent:
@@ -50,7 +46,7 @@ class ModelAgent:
         model: a MiCRo model, or any causal model of transformers.
         tokenizer: its tokenizer; no chat template is used.
         batch_size: prompts that are completed together; so many runs are played side by side.
-        max_new_tokens: length of a reply.
+        max_new_tokens: length of a reply; a reply that reasons ends with its final answer.
         engine: complete with the C++ engine, same tokens as the model; default: where the model has one and is on the
             CPU. Inside ``model.intervene`` the model itself answers.
         controls: steering arguments of every call, ``{"ablate": "social"}`` say.
@@ -115,10 +111,19 @@ class ModelAgent:
             # The engine does not meet the actions of a block.
             reader = self._reader if open_session(self.model) is None else None
             complete = self._generate if reader is None else reader.complete
-            replies += complete(ids[part], runs[part])
-        return [self.tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
+            replies += complete(ids[part], runs[part], self._ended(queries[part]))
+        return [self._text(reply) for reply in replies]
 
-    def _generate(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
+    def _text(self, reply: list[int]) -> str:
+        return str(self.tokenizer.decode(reply, skip_special_tokens=True))
+
+    def _ended(self, queries: Sequence[Query]) -> Ended | None:
+        """Whether the reply in a row is over before its last token; None where no reply can be."""
+        if not any(isinstance(query, Reasoned) for query in queries):
+            return None
+        return lambda row, reply: queries[row].ended(self._text(reply))
+
+    def _generate(self, prompts: list[list[int]], runs: Sequence[int], ended: Ended | None) -> list[list[int]]:
         """Of the model itself, with padding on the left."""
         width = max(map(len, prompts))
         padding = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
@@ -134,12 +139,25 @@ class ModelAgent:
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
                     pad_token_id=padding,
+                    **({} if ended is None else {"stopping_criteria": [_criterion(ended, width, len(prompts))]}),
                     **self.controls,
                 )
         finally:
             self.model.train(was_training)
         rows: list[list[int]] = out[:, width:].tolist()
         return rows
+
+
+def _criterion(ended: Ended, width: int, rows: int) -> Any:
+    """For transformers: which rows are over, bool [B]; prompts are ``width`` wide."""
+    over = torch.zeros(rows, dtype=torch.bool)
+
+    def check(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        for row, reply in enumerate(ids[:, width:].tolist()):
+            over[row] = bool(over[row]) or ended(row, reply)
+        return over.to(ids.device)
+
+    return check
 
 
 class _Reader:
@@ -155,8 +173,8 @@ class _Reader:
         self._read: dict[int, list[int]] = {}  # run -> tokens that its row holds; rows stand in this order
         self._steered = ACTIVE.get()  # the blocks under which they were read
 
-    def complete(self, prompts: list[list[int]], runs: Sequence[int]) -> list[list[int]]:
-        """Greedy continuations, each ending with a stop token or after the wanted number of tokens."""
+    def complete(self, prompts: list[list[int]], runs: Sequence[int], ended: Ended | None) -> list[list[int]]:
+        """Greedy continuations, each ending with a stop token, where it is over, or after the wanted tokens."""
         logits = self._engine.prefill(self._unread(prompts, runs), **self._controls).logits
         replies: list[list[int]] = [[] for _ in prompts]
         open_rows = [True] * len(prompts)
@@ -165,7 +183,7 @@ class _Reader:
             for row, token in enumerate(tokens.tolist()):
                 if open_rows[row]:
                     replies[row].append(token)
-                    open_rows[row] = token not in self._stops
+                    open_rows[row] = token not in self._stops and not (ended and ended(row, replies[row]))
             if step + 1 == self._length or not any(open_rows):
                 break
             logits = self._engine.decode(tokens, **self._controls).logits

@@ -15,6 +15,7 @@ from micro.analysis.statistics import Array
 Answer = int | float  # index of the chosen option, or a number in [0, 1]
 Row = dict[str, Any]
 Game = Generator["Query", Answer, list[Row]]  # yields questions, takes answers, returns rows of the table
+ANSWER = "\n\nA: "  # behind it stands the forced beginning of the answer
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Query:
         word = first.group().casefold() if first else ""
         return words.index(word) if word in words else None
 
+    def ended(self, reply: str) -> bool:
+        """Whether nothing that follows this part of a reply can change the answer."""
+        return False
+
+    def reply(self, answer: float) -> str:
+        """An answer as the text that continues the prompt: the option, or four decimals at most."""
+        if self.options:
+            return self.options[int(answer)]
+        return f"{min(max(answer, 0.0), 0.9999):.4f}"[2:]
+
     def guess(self, generator: np.random.Generator) -> Answer:
         """An answer at random: an option, or a number of two decimals from .01 to .99."""
         if self.options:
@@ -62,7 +73,7 @@ class Query:
 
 def ask(body: str, question: str, hint: str, prefix: str) -> str:
     """A prompt: the situation, the question with its format, and the forced beginning of the answer."""
-    return f"{body.rstrip()}\n\nQ: {question} {hint}\n\nA: {prefix}"
+    return f"{body.rstrip()}\n\nQ: {question} {hint}{ANSWER}{prefix}"
 
 
 @dataclass

@@ -56,4 +56,5 @@ def _place(row: dict[str, Any], value: float) -> float:
 
 def _title(result: CogBenchResult) -> str:
     parts = [f"{key} {value:.2f}" for key, value in result.s_bre.items() if value is not None and key != "mean"]
-    return f"CogBench, {result.preset}: S_BRE " + ", ".join(parts)
+    how = "" if result.variant == "direct" else f", {result.variant}"
+    return f"CogBench, {result.preset}{how}: S_BRE " + ", ".join(parts)

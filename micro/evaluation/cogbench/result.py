@@ -22,7 +22,8 @@ class CogBenchResult(Result):
 
     ``scores`` and ``intervals``: experiment -> metric -> value; ``human``, ``random``, ``relative``: "behaviour" ->
     metric, "performance" -> experiment; ``baseline``: whose random values were used; ``replies``: questions and
-    unreadable replies per experiment; ``tables``: experiment -> pandas frame, saved as CSV files of their own.
+    unreadable replies per experiment; ``variant``: "direct", or "step by step" where the agent reasoned before it
+    answered; ``tables``: experiment -> pandas frame, saved as CSV files of their own.
     """
 
     name: ClassVar[str] = "cogbench"
@@ -38,6 +39,7 @@ class CogBenchResult(Result):
     relative: dict[str, dict[str, float]]
     missing: list[str]
     agent: str = ""
+    variant: str = "direct"
     replies: dict[str, dict[str, int]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +108,8 @@ class CogBenchResult(Result):
                 told = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
                 lines.append(f"S_BRE {key}: {value:.3f}{told}")
         whose = "its own random agent" if self.baseline == "own" else "the published random values"
-        lines.append(f"preset {self.preset}; random = {whose}; s = 1 is human, 0 random")
+        how = "" if self.variant == "direct" else f", {self.variant}"
+        lines.append(f"preset {self.preset}{how}; random = {whose}; s = 1 is human, 0 random")
         questions = sum(r["questions"] for r in self.replies.values())
         if questions:
             lost = {name: r["unreadable"] for name, r in self.replies.items() if r["unreadable"]}

@@ -1,9 +1,8 @@
-"""Playing experiments: all runs of one in lockstep, one batch per question; saved one by one, so that a run resumes."""
+"""Playing experiments: runs of one in lockstep, one batch per question; saved batch by batch, so that a run resumes."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from micro.evaluation.cogbench.agents import Agent, ModelAgent, RandomAgent
 from micro.evaluation.cogbench.baselines import RANDOM, Values, check_preset, human_values
 from micro.evaluation.cogbench.bre import grouped, s_bre
 from micro.evaluation.cogbench.experiment import Answer, Game, Query, Row
+from micro.evaluation.cogbench.kept import Kept
 from micro.evaluation.cogbench.registry import EXPERIMENTS, chosen, experiment
 from micro.evaluation.cogbench.result import CogBenchResult
 from micro.evaluation.cogbench.scoring import Score, evidence, resample
-from micro.files import write_text
+from micro.evaluation.cogbench.step_by_step import REASONING_TOKENS, VARIANTS, reasoned
 from micro.progress import Progress
 
 BASELINES = ("own", "published")
@@ -40,6 +40,8 @@ def run(
     baseline: str | None = None,
     baseline_runs: Runs = None,
     draws: int = 1000,
+    step_by_step: bool = False,
+    reasoning_tokens: int = REASONING_TOKENS,
     output: str | Path | None = None,
     progress: bool = False,
 ) -> CogBenchResult:
@@ -59,8 +61,11 @@ def run(
             ``clean``), ``"published"`` = the published values (default of ``published``).
         baseline_runs: runs of the random agent; default those of the protocol, 1000 for temporal discounting.
         draws: bootstrap samples of runs.
-        output: a folder; every finished experiment is saved there, and found again by a later call with the same
-            settings.
+        step_by_step: the model reasons before it answers (:mod:`micro.evaluation.cogbench.step_by_step`); the random
+            agent of the baseline has nothing to think about.
+        reasoning_tokens: length of such a reply, its final answer included.
+        output: a folder; every finished experiment is saved there, and of the one under way every batch of runs; both
+            are found again by a later call with the same settings.
         progress: show bars on stderr.
 
     Returns:
@@ -72,27 +77,41 @@ def run(
         TypeError: a model without a tokenizer; ``output`` with controls that are functions.
         MissingExtraError: without pandas or SciPy (extra ``eval``).
 
-    Source: CogBench (Coda-Forno et al. 2024), text completion, greedy, two tokens after a forced beginning.
+    Source: CogBench (Coda-Forno et al. 2024), text completion, greedy, two tokens after a forced beginning; step by
+    step 350 tokens, of which the final answer is read.
     """
     names = chosen(experiments)
     check_preset(preset)
+    if reasoning_tokens < 1:
+        raise ValueError(f"cogbench: reasoning_tokens must be at least 1, got {reasoning_tokens}")
     counts = _run_counts(names, runs)
     _baseline_name(baseline, preset)
     for module in ("pandas", "scipy"):
         require(module, "eval", "micro.evaluation.cogbench")
-    agent = _agent(model, tokenizer, preset, batch_size, controls)
+    options: dict[str, Any] = {"max_new_tokens": reasoning_tokens} if step_by_step else {}
+    agent = _agent(model, tokenizer, preset, controls, {"batch_size": batch_size, **options})
     folder = None if output is None else Path(output)
     if folder is not None and isinstance(agent, ModelAgent):
         agent.check_keepable()
-    around = _around(folder)
+    around = _variant(step_by_step, agent) | _around(folder)
     tables, replies = {}, {}
     for name in names:
         settings = {"agent": agent.name, "preset": preset, "runs": counts[name], "seed": seed, **around}
-        saved = None if folder is None else _saved(folder, name, settings)
+        kept = None if folder is None else Kept(folder, name, settings)
+        saved = None if kept is None else kept.table()
         if saved is None:
-            saved = play(name, agent, runs=counts[name], seed=seed, preset=preset, progress=progress)
-            if folder is not None:
-                _save(folder, name, settings, *saved)
+            saved = play(
+                name,
+                agent,
+                runs=counts[name],
+                seed=seed,
+                preset=preset,
+                step_by_step=step_by_step,
+                kept=kept,
+                progress=progress,
+            )
+            if kept is not None:
+                kept.save(*saved)
         tables[name], replies[name] = saved
     result = summarise(
         tables,
@@ -103,7 +122,7 @@ def run(
         seed=seed,
         progress=progress,
     )
-    result.agent, result.replies = agent.name, replies
+    result.agent, result.replies, result.variant = agent.name, replies, VARIANTS[step_by_step]
     result.settings |= {"runs": counts, **around}
     if folder is not None:
         result.save(folder)
@@ -111,9 +130,18 @@ def run(
 
 
 def play(
-    name: str, agent: Agent, *, runs: int | None = None, seed: int = 0, preset: str = "clean", progress: bool = False
+    name: str,
+    agent: Agent,
+    *,
+    runs: int | None = None,
+    seed: int = 0,
+    preset: str = "clean",
+    step_by_step: bool = False,
+    kept: Kept | None = None,
+    progress: bool = False,
 ) -> tuple[Any, dict[str, int]]:
-    """All runs of one experiment.
+    """All runs of one experiment; ``step_by_step``: with room to reason before the answer; ``kept``: where runs that
+    were played side by side are found again.
 
     Returns:
         The table (pandas frame), and ``{"questions": ..., "unreadable": ...}``: an unreadable reply counts as a random
@@ -131,10 +159,19 @@ def play(
     with Progress(told, total, unit="questions", enabled=None if progress else False) as bar:
         for start in range(0, runs, side_by_side):
             wave = range(start, min(start + side_by_side, runs))
+            if kept is not None and (part := kept.part(wave)) is not None:
+                rows += part[0]
+                counts = {key: counts[key] + part[1][key] for key in counts}
+                bar.advance(part[1]["questions"], note="played before")
+                continue
+            before = dict(counts)
             games = {r: known.play(r, np.random.default_rng([seed, which, r, 0]), preset) for r in wave}
             guesses = {r: np.random.default_rng([seed, which, r, 1]) for r in wave}
-            found = _lockstep(name, agent, games, guesses, preset, counts, bar)
-            rows += [row for r in wave for row in found[r]]
+            found = _lockstep(name, agent, games, guesses, preset, reasoned if step_by_step else None, counts, bar)
+            played = [row for r in wave for row in found[r]]
+            rows += played
+            if kept is not None and len(wave) < runs:
+                kept.save_part(wave, played, {key: counts[key] - before[key] for key in counts})
     return pd.DataFrame(rows), counts
 
 
@@ -144,6 +181,7 @@ def _lockstep(
     games: Mapping[int, Game],
     guesses: Mapping[int, np.random.Generator],
     preset: str,
+    put: Callable[[Query], Query] | None,
     counts: dict[str, int],
     bar: Progress,
 ) -> dict[int, list[Row]]:
@@ -153,7 +191,7 @@ def _lockstep(
     for r, game in games.items():
         _step(game, None, r, waiting, rows)
     while waiting:
-        asked = dict(waiting)
+        asked = {r: query if put is None else put(query) for r, query in waiting.items()}
         replies = agent.answer(list(asked.values()), list(asked))
         if len(replies) != len(asked):
             raise ValueError(f"{name}: the agent gave {len(replies)} replies to {len(asked)} questions")
@@ -262,14 +300,24 @@ def _bre_intervals(
     return {key: np.quantile(v, [0.025, 0.975]).tolist() if v else None for key, v in values.items()}
 
 
-def _agent(model: Any, tokenizer: Any, preset: str, batch_size: int, controls: Mapping[str, Any] | None) -> Agent:
+def _agent(
+    model: Any, tokenizer: Any, preset: str, controls: Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> Agent:
     if isinstance(model, Agent):
         if controls:
             raise ValueError("cogbench: controls steer a model; an agent has none")
         return model
     if not hasattr(model, "generate") or not hasattr(model, "named_parameters"):
         raise TypeError(f"cogbench: model must be a causal language model or an agent, got {type(model).__name__}")
-    return ModelAgent(model, tokenizer, batch_size=batch_size, controls=controls, trailing_space=preset == "published")
+    return ModelAgent(model, tokenizer, controls=controls, trailing_space=preset == "published", **options)
+
+
+def _variant(step_by_step: bool, agent: Agent) -> dict[str, Any]:
+    """What tells the variant from the direct one, which kept tables do not name."""
+    if not step_by_step:
+        return {}
+    tokens = {"reasoning_tokens": agent.max_new_tokens} if isinstance(agent, ModelAgent) else {}
+    return {"variant": VARIANTS[1], **tokens}
 
 
 def _around(folder: Path | None) -> dict[str, Any]:
@@ -304,30 +352,3 @@ def _frame(table: Any) -> Any:
         if isinstance(table, str | Path)
         else table
     )
-
-
-def _save(folder: Path, name: str, settings: dict[str, Any], table: Any, replies: dict[str, int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.csv", table.to_csv(index=False))
-    # Last, so that it says the table is whole.
-    write_text(folder / f"{name}.json", json.dumps({"settings": settings, "replies": replies}, indent=1) + "\n")
-
-
-def _saved(folder: Path, name: str, settings: dict[str, Any]) -> tuple[Any, dict[str, int]] | None:
-    """The table of an earlier call; None if there is none.
-
-    Raises:
-        ValueError: it was made with other settings.
-    """
-    note, table = folder / f"{name}.json", folder / f"{name}.csv"
-    if not note.is_file() or not table.is_file():
-        return None
-    content = json.loads(note.read_text(encoding="utf-8"))
-    if content["settings"] != settings:
-        both = {**settings, **content["settings"]}
-        other = [key for key in both if content["settings"].get(key) != settings.get(key)]
-        raise ValueError(
-            f"{note}: made with another {' and '.join(other)}; name another output folder, or remove this file to play "
-            f"{name} again"
-        )
-    return _frame(table), content["replies"]

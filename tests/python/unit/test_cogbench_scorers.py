@@ -8,7 +8,6 @@ from scipy.special import expit, logit
 
 from micro.evaluation import cogbench
 from micro.evaluation.cogbench import balloon, temporal_discounting
-from micro.evaluation.cogbench.agents import reply_text
 from micro.evaluation.cogbench.fits import MAX_BETA, Visits, learning_rate, logistic, optimism
 
 
@@ -20,7 +19,7 @@ class Simulated:
         self.generator = np.random.default_rng(seed)
 
     def answer(self, queries, runs):
-        return [reply_text(query, self.rule(query.state, query, self.generator)) for query in queries]
+        return [query.reply(self.rule(query.state, query, self.generator)) for query in queries]
 
 
 def played(name, rule, runs=None, preset="clean", seed=0):
