@@ -15,7 +15,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options; see README.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replication", description=__doc__)
     parser.add_argument("command", nargs="?", default="run", choices=("run", "cost", "list", "verdict", "rules"))
-    parser.add_argument("--plan", default="full", choices=("full", "nano"), help="nano: seconds; shows that all works")
+    parser.add_argument(
+        "--plan",
+        default="full",
+        choices=("full", "mild", "nano"),
+        help="mild: a second look at a quarter of the rate; nano: seconds; shows that all works",
+    )
     parser.add_argument("--work", type=Path, help="what can be made again (default build/replication/PLAN)")
     parser.add_argument("--results", type=Path, help="what is committed (default benchmarks/results/replication)")
     parser.add_argument("--only", default="", help="runs to do now, or beginnings of their names, comma-separated")

@@ -134,9 +134,13 @@ def judge(plan: Plan, places: Places, *, say: Say = print) -> list[Verdicts]:
     return found
 
 
+# Plans whose results are committed, and where.
+COMMITTED = {"full": "replication", "mild": "replication_mild"}
+
+
 def default_places(plan: Plan, work: Path | None, results: Path | None) -> Places:
-    """build/replication/PLAN for what can be made again, benchmarks/results/replication for what is committed."""
+    """build/replication/PLAN for what can be made again, below benchmarks/results for what is committed."""
     root = Path(__file__).resolve().parents[2]
-    kept = root / "benchmarks" / "results" / "replication"
     scratch = work or root / "build" / "replication" / plan.name
-    return Places(scratch, results or (kept if plan.name == "full" else scratch / "results"))
+    kept = COMMITTED.get(plan.name)
+    return Places(scratch, results or (root / "benchmarks" / "results" / kept if kept else scratch / "results"))
