@@ -341,8 +341,10 @@ def test_the_command_writes_every_report(model, tokenizer, records, tmp_path, ca
         "ablation_best.csv",
         "shapley_interactions.csv",
     } | {f"{name}.{suffix}" for name in printed for suffix in ("json", "csv")}
-    assert cli.run([*arguments, "--cells", "--validation", str(file)]) == 0
+    assert cli.run([*arguments, "--cells", "--random-cells", "--validation", str(file)]) == 0
     shown = capsys.readouterr()
+    assert "excess" in shown.out and (out / "ablation_random.csv").is_file()
+    assert "intervals: 95 % paired bootstrap over groups of records (templates), and records in them" in shown.out
     assert "cells with q <= 0.05" in shown.out and "validation" in shown.out and drawn[-1] == "cells"
     assert "conditions were scored before" in shown.err  # those of the first run
     tasks = ["ablate", str(folder), "--tasks", "arithmetic", "-o", str(tmp_path / "tasks"), "--set", "logic"]
