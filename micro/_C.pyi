@@ -224,6 +224,7 @@ class Engine:
         trace: bool = False,
         on_token: Callable[[int, int], object] | None = None,
         interventions: Interventions | None = None,
+        shared_prefix: int = 0,
     ) -> dict[str, Any]:
         """Read prompts and write answers: tokens, finish, trace."""
 
@@ -265,9 +266,9 @@ class Engine:
 class Interventions:
     """Actions for calls of the engine. micro.engine makes them of micro.interventions."""
 
-    def __init__(self, engine: Engine, actions: Sequence[dict[str, Any]]) -> None: ...
-    def reading(self, action: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of a read: values, layer, expert, row, slot."""
+    def __init__(self, engine: Engine, actions: Sequence[dict[str, Any]], *, all_experts: bool = False) -> None: ...
+    def reading(self, action: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of a read: values, layer, expert, row, slot, chosen."""
 
     def moments(self, action: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Of moments: count, mean, m2, scatter or None."""

@@ -134,17 +134,20 @@ class Engine:
         all_logits: bool = False,
         output_routing: bool = False,
         interventions: Sequence[Action] = (),
+        all_experts: bool = False,
         **controls: Any,
     ) -> EngineOutput:
         """Append tokens to the rows; the first call makes the rows. Rows may have different lengths.
 
         chunk: tokens per row that are worked off at a time, 0 = as many as are fast. interventions: actions on
-        activations, as in ``model.intervene``; slots count each row's own tokens. Controls: those of the model's
-        ``forward``; an S axis counts each row's new tokens.
+        activations, as in ``model.intervene``; slots count each row's own tokens. all_experts: in the layers whose
+        routed rows an action meets, every expert runs on every token, and ``Reading.chosen`` tells the routed ones;
+        the results stay those of the usual routing, bit for bit. Controls: those of the model's ``forward``; an S axis
+        counts each row's new tokens.
         """
         rows = _rows(tokens)
         given, k = self._controls(controls, len(rows), max(map(len, rows), default=0))
-        actions = self._actions(interventions)
+        actions = self._actions(interventions, all_experts)
         logits, trace = self._native.prefill(
             rows,
             given,
@@ -162,12 +165,13 @@ class Engine:
         *,
         output_routing: bool = False,
         interventions: Sequence[Action] = (),
+        all_experts: bool = False,
         **controls: Any,
     ) -> EngineOutput:
-        """Append one token to each row: tokens [B]. interventions: as in :meth:`prefill`."""
+        """Append one token to each row: tokens [B]. interventions, all_experts: as in :meth:`prefill`."""
         tokens = torch.as_tensor(tokens)
         given, k = self._controls(controls, self.rows, 1)
-        actions = self._actions(interventions)
+        actions = self._actions(interventions, all_experts)
         logits, trace = self._native.decode(
             tokens, given, experts_per_token=k, trace=output_routing, interventions=_table(actions)
         )
@@ -189,6 +193,8 @@ class Engine:
         chunk: int = 0,
         output_routing: bool = False,
         interventions: Sequence[Action] = (),
+        all_experts: bool = False,
+        shared_prefix: int = 0,
         **controls: Any,
     ) -> EngineGeneration:
         """Read prompts (texts or ids) and write answers; rows that ended cost nothing more.
@@ -196,17 +202,23 @@ class Engine:
         temperature 0 takes the most probable token; sampling options may be lists, one entry per row; row r of one
         ``seed`` draws with seed + r. stop_ids: default the model's end-of-sequence ids, none of which is drawn before
         ``min_new_tokens``. on_token(row, token) sees every new token; what it returns, if true, ends the row.
-        interventions: as in :meth:`prefill`, in prompts and answers. Controls: those of the model's ``generate``; an S
-        axis counts each row's own prompt tokens, prompts need no padding.
+        interventions, all_experts: as in :meth:`prefill`, in prompts and answers. Controls: those of the model's
+        ``generate``; an S axis counts each row's own prompt tokens, prompts need no padding.
+
+        shared_prefix: number of tokens with which all prompts begin. They are read once instead of once per row, and
+        their keys and values copied to the rows; interventions and controls act behind them, as in
+        :func:`micro.interventions.variants`, and an S axis counts the prompt's tokens from there.
+        ``interventions.side_by_side`` makes K lists of actions one table for K rows.
         """
         from micro.modeling import engine_controls
 
         ids = self._ids(prompts)
-        rows, slots = len(ids), max(map(len, ids), default=0)
+        shared = index(shared_prefix)
+        rows, slots = len(ids), max(max(map(len, ids), default=0) - shared, 1)
         steering = self._steering(controls)
         answer = engine_controls.answer_controls(steering, rows, slots, 1)
         by_step = engine_controls.changes_by_step(steering)
-        actions = self._actions(interventions)
+        actions = self._actions(interventions, all_experts)
         found = self._native.generate(
             ids,
             max_new_tokens,
@@ -223,6 +235,7 @@ class Engine:
             trace=output_routing,
             on_token=on_token,
             interventions=_table(actions),
+            shared_prefix=shared,
         )
         texts = None
         if self.tokenizer is not None:
@@ -317,12 +330,12 @@ class Engine:
         steering = self._steering(controls)
         return engine_controls.call_controls(steering, rows, slots), steering.experts_per_token or 0
 
-    def _actions(self, interventions: Sequence[Action]) -> EngineActions | None:
+    def _actions(self, interventions: Sequence[Action], all_experts: bool) -> EngineActions | None:
         if not interventions:
             return None
         from micro.interventions.engine_actions import EngineActions
 
-        return EngineActions(self._native, self.config, interventions)
+        return EngineActions(self._native, self.config, interventions, all_experts=all_experts)
 
     def _ids(self, prompts: Prompts) -> list[list[int]]:
         texts = [prompts] if isinstance(prompts, str) else prompts

@@ -156,7 +156,7 @@ using Draw = std::tuple<double, int64_t, double, double, uint64_t>;
 py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, const std::vector<Draw>& sampling,
                   std::optional<std::vector<int64_t>> stop_ids, const Tensors& prompt, const Tensors& answer,
                   const py::object& answer_at, int64_t min_new_tokens, int64_t experts_per_token, int64_t chunk,
-                  bool trace, const py::object& on_token, micro::Interventions* interventions) {
+                  bool trace, const py::object& on_token, micro::Interventions* interventions, int64_t shared_prefix) {
   micro::GenerateOptions options;
   options.max_new_tokens = max_new_tokens;
   options.min_new_tokens = min_new_tokens;
@@ -183,6 +183,7 @@ py::dict generate(Engine& engine, const Rows& prompts, int64_t max_new_tokens, c
     };
   options.on_step = signal_check();
   options.interventions = interventions;
+  options.shared_prefix = shared_prefix;
   micro::Generation result;
   {
     const py::gil_scoped_release free;
@@ -247,7 +248,7 @@ void bind_engine(py::module_& m) {
       .def("generate", &generate, "Read prompts and write answers: tokens, finish, trace.", "prompts"_a,
            "max_new_tokens"_a, "sampling"_a, "stop_ids"_a, "prompt"_a, "answer"_a, py::kw_only(),
            "answer_at"_a = py::none(), "min_new_tokens"_a = 0, "experts_per_token"_a = 0, "chunk"_a = 0,
-           "trace"_a = false, "on_token"_a = py::none(), "interventions"_a = py::none())
+           "trace"_a = false, "on_token"_a = py::none(), "interventions"_a = py::none(), "shared_prefix"_a = 0)
       .def("cancel", &Engine::cancel, "End the running generate() after its present step, from any thread.")
       .def_property_readonly("rows", &Engine::rows)
       .def_property_readonly("lengths", &Engine::lengths)

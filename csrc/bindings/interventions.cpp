@@ -28,7 +28,7 @@ Enum word(const py::dict& fields, const char* name, const std::map<std::string, 
 
 micro::RowsSeen source_of(const py::object& source) {
   const auto part = [&](const char* name) { return from_python(source.attr(name)); };
-  return {part("values"), part("layer"), part("expert"), part("row"), part("slot")};
+  return {part("values"), part("layer"), part("expert"), part("row"), part("slot"), part("chosen")};
 }
 
 Action action_of(const py::dict& f) {
@@ -64,6 +64,8 @@ Action action_of(const py::dict& f) {
   if (!f["source"].is_none()) action.source = source_of(f["source"]);
   action.seed = f["seed"].cast<uint64_t>();
   action.covariance = f["covariance"].cast<bool>();
+  action.only_chosen = f["only_chosen"].cast<bool>();
+  action.first_row = f["first_row"].cast<int64_t>();
   return action;
 }
 
@@ -72,20 +74,20 @@ Action action_of(const py::dict& f) {
 void bind_interventions(py::module_& m) {
   py::class_<Interventions>(m, "Interventions",
                             "Actions for calls of the engine. micro.engine makes them of micro.interventions.")
-      .def(py::init([](const micro::Engine& engine, const std::vector<py::dict>& given) {
+      .def(py::init([](const micro::Engine& engine, const std::vector<py::dict>& given, bool all_experts) {
              std::vector<Action> actions;
              for (const py::dict& fields : given) actions.push_back(action_of(fields));
-             return std::make_unique<Interventions>(engine.config(), std::move(actions));
+             return std::make_unique<Interventions>(engine.config(), std::move(actions), all_experts);
            }),
-           "engine"_a, "actions"_a)
+           "engine"_a, "actions"_a, py::kw_only(), "all_experts"_a = false)
       .def(
           "reading",
           [](const Interventions& table, int64_t action) {
             const micro::RowsSeen rows = table.reading(action);
             return py::make_tuple(to_python(rows.values), to_python(rows.layer), to_python(rows.expert),
-                                  to_python(rows.row), to_python(rows.slot));
+                                  to_python(rows.row), to_python(rows.slot), to_python(rows.chosen));
           },
-          "action"_a, "Of a read: values, layer, expert, row, slot.")
+          "action"_a, "Of a read: values, layer, expert, row, slot, chosen.")
       .def(
           "moments",
           [](const Interventions& table, int64_t action) {

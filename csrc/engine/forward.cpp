@@ -139,7 +139,10 @@ void Forward::run(const Tokens& tokens, const BoundControls& controls, int64_t e
   int64_t layer = 0;
   if (actions) {
     actions->begin({tokens.counts, cache.lengths().data(), tokens.origins, tokens.rows, tokens.slots});
-    for (int64_t l = 0; l < config_.num_hidden_layers; ++l) hooks.points |= actions->points(l);  // room for all layers
+    for (int64_t l = 0; l < config_.num_hidden_layers; ++l) {  // room for all layers
+      hooks.points |= actions->points(l);
+      hooks.all_experts = hooks.all_experts || actions->all_experts(l);
+    }
     hooks.meet = [&](const micro_kernels::BlockRows& rows) {
       actions->meet(layer, rows);
       return micro_kernels::Status::kOk;
@@ -162,6 +165,7 @@ void Forward::run(const Tokens& tokens, const BoundControls& controls, int64_t e
       layer = l;
       actions->meet_residual(l, buffers_.x, shape_.dtype);
       hooks.points = actions->points(l);
+      hooks.all_experts = actions->all_experts(l);
       p.hooks = hooks.points ? &hooks : nullptr;
     }
     check(kName, micro_kernels::cpu::block_forward(p, buffers_.block, parallel_for));

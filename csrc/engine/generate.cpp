@@ -93,6 +93,22 @@ void check_options(const engine::State& state, const std::vector<std::vector<int
                       "Engine: prompt ", row, " has ", prompts[row].size(),
                       " tokens; with max_new_tokens = ", options.max_new_tokens,
                       " it exceeds max_length = ", state.max_length);
+  const int64_t shared = options.shared_prefix;
+  TORCH_CHECK_VALUE(shared >= 0, "Engine: shared_prefix is ", shared, ", expected a number of tokens");
+  for (size_t row = 0; row < prompts.size(); ++row) {
+    TORCH_CHECK_VALUE(static_cast<int64_t>(prompts[row].size()) > shared, "Engine: shared_prefix is ", shared,
+                      " and prompt ", row, " has ", prompts[row].size(), " tokens; at least one must be behind it");
+    TORCH_CHECK_VALUE(std::equal(prompts[row].begin(), prompts[row].begin() + shared, prompts[0].begin()),
+                      "Engine: prompt ", row, " differs from prompt 0 in the first ", shared,
+                      " tokens, which shared_prefix says they share");
+  }
+}
+
+// What the prompts have behind their first `shared` tokens.
+std::vector<std::vector<int64_t>> behind(const std::vector<std::vector<int64_t>>& prompts, int64_t shared) {
+  std::vector<std::vector<int64_t>> rest;
+  for (const auto& prompt : prompts) rest.emplace_back(prompt.begin() + shared, prompt.end());
+  return rest;
 }
 
 // The cache is empty afterwards, by whatever way.
@@ -126,21 +142,33 @@ Generation Engine::generate(const std::vector<std::vector<int64_t>>& prompts, co
   const EmptyAtEnd empty{s.cache};
   s.cancelled.store(false);
   s.cache.reset();
-  s.cache.start(rows, longest + options.max_new_tokens);
   const auto step = [&] {
     if (options.on_step) options.on_step();
     return s.cancelled.load();
   };
   at::Tensor logits;
-  bool going = s.read({.tokens = prompts,
-                       .controls = in_prompt,
-                       .k = k,
-                       .chunk = options.chunk,
-                       .all_logits = false,
-                       .trace = trace.get(),
-                       .step = step,
-                       .actions = actions},
-                      logits);
+  const auto read = [&](const std::vector<std::vector<int64_t>>& tokens, const PreparedControls& controls,
+                        engine::ActionTable* acting) {
+    return s.read({.tokens = tokens,
+                   .controls = controls,
+                   .k = k,
+                   .chunk = options.chunk,
+                   .all_logits = false,
+                   .trace = trace.get(),
+                   .step = step,
+                   .actions = acting},
+                  logits);
+  };
+  const int64_t shared = options.shared_prefix;
+  bool going = true;
+  s.cache.start(shared > 0 ? 1 : rows, longest + options.max_new_tokens);
+  if (shared > 0) {
+    const std::vector<int64_t> prefix(prompts[0].begin(), prompts[0].begin() + shared);
+    going = read({prefix}, PreparedControls(Controls{}, s.config, 1, s.accumulator()), nullptr);
+    s.cache.select(std::vector<int64_t>(prompts.size(), 0));
+    if (trace) trace->share_first_row();
+  }
+  going = going && read(behind(prompts, shared), in_prompt, actions);
   BoundControls controls(s.config, s.accumulator());
   const std::vector<int32_t> ones(prompts.size(), 1);
   const std::vector<int64_t> zeros(prompts.size(), 0);

@@ -91,7 +91,8 @@ at::Tensor layer_of(const at::Tensor& table, int64_t layer) {
 
 // ---- making --------------------------------------------------------------------------------------------------------
 
-ActionTable::ActionTable(const ModelConfig& config, std::vector<Action> actions) : config_(config) {
+ActionTable::ActionTable(const ModelConfig& config, std::vector<Action> actions, bool all_experts)
+    : config_(config), all_experts_(all_experts) {
   for (size_t i = 0; i < actions.size(); ++i) {
     Bound bound;
     bound.action = std::move(actions[i]);
@@ -121,11 +122,12 @@ int64_t ActionTable::width(Point point) const {
   return config_.hidden_size;
 }
 
-int64_t ActionTable::axis(Point point) const {
+bool ActionTable::routed(Point point) const {
   const bool attention = point == Point::kHeads || point == Point::kAttention;
-  const bool shared = point == Point::kResidual || point == Point::kRouter || (attention && !config_.is_block());
-  return shared ? 1 : config_.num_experts;
+  return point != Point::kResidual && point != Point::kRouter && (!attention || config_.is_block());
 }
+
+int64_t ActionTable::axis(Point point) const { return routed(point) ? config_.num_experts : 1; }
 
 void ActionTable::check(const Bound& bound, size_t number) const {
   const Action& a = bound.action;
@@ -220,6 +222,12 @@ uint32_t ActionTable::points(int64_t layer) const {
   return points;
 }
 
+bool ActionTable::all_experts(int64_t layer) const {
+  return all_experts_ && std::any_of(bound_.begin(), bound_.end(), [&](const Bound& bound) {
+           return routed(bound.action.point) && bound.layers[static_cast<size_t>(layer)];
+         });
+}
+
 void ActionTable::meet(int64_t layer, const BlockRows& rows) { run(point_of(rows.point), locate(layer, rows)); }
 
 void ActionTable::meet_residual(int64_t layer, void* rows, DType dtype) {
@@ -241,6 +249,7 @@ ActionTable::Rows ActionTable::locate(int64_t layer, const BlockRows& given) con
             .data = static_cast<char*>(given.rows),
             .tokens = given.tokens,
             .experts = given.experts,
+            .chosen = given.chosen,
             .count = given.count,
             .width = given.width,
             .dtype = given.dtype,
@@ -293,7 +302,7 @@ std::vector<uint8_t> ActionTable::touched(const Bound& bound, const Rows& rows) 
   std::vector<uint8_t> out(static_cast<size_t>(rows.count));
   for (size_t n = 0; n < out.size(); ++n) {
     const int64_t row = rows.row[n], slot = rows.slot[n];
-    bool wanted = row >= 0;
+    bool wanted = row >= 0 && (!a.only_chosen || rows.is_chosen(n));
     if (wanted && !a.rows.empty()) wanted = std::find(a.rows.begin(), a.rows.end(), row) != a.rows.end();
     if (wanted && a.range)
       wanted = slot >= a.range->first && slot < a.range->last && (slot - a.range->first) % a.range->step == 0;
@@ -322,7 +331,7 @@ void ActionTable::read(Bound& bound, const Rows& rows, const std::vector<uint8_t
   at::Tensor columns;
   if (bound.action.columns.defined())
     columns = layer_of(bound.action.columns, rows.layer).any(0).nonzero().select(1, 0);
-  std::vector<int64_t> index, expert, row, slot;
+  std::vector<int64_t> index, expert, row, slot, chosen;
   for (size_t n = 0; n < touched.size(); ++n) {
     const int64_t e = rows.experts ? rows.experts[n] : -1;
     if (!touched[n] || !named[static_cast<size_t>(std::max<int64_t>(e, 0))]) continue;
@@ -330,37 +339,37 @@ void ActionTable::read(Bound& bound, const Rows& rows, const std::vector<uint8_t
     expert.push_back(e);
     row.push_back(rows.row[n]);
     slot.push_back(rows.slot[n]);
+    chosen.push_back(rows.is_chosen(n));
   }
   if (index.empty()) return;
   const auto list = [](const std::vector<int64_t>& values) { return at::tensor(values, at::kLong); };
   at::Tensor values = wrap(rows).index_select(0, list(index));
   if (columns.defined()) values = values.index_select(1, columns);
-  bound.seen.push_back(
-      {values, at::full({values.size(0)}, rows.layer, at::kLong), list(expert), list(row), list(slot)});
+  bound.seen.push_back({values, at::full({values.size(0)}, rows.layer, at::kLong), list(expert), list(row), list(slot),
+                        list(chosen).to(at::kBool)});
 }
 
-std::vector<int64_t> ActionTable::chosen_rows(const Bound& bound, const Rows& rows,
+std::vector<int64_t> ActionTable::source_rows(const Bound& bound, const Rows& rows,
                                               const std::vector<uint8_t>& touched) const {
   const bool random = bound.action.kind == ActionKind::kResample;
   std::vector<int64_t> index(touched.size(), 0);
   for (size_t n = 0; n < touched.size(); ++n) {
-    const int64_t e = rows.experts ? rows.experts[n] : -1;
     if (!touched[n]) continue;
+    const int64_t e = rows.experts ? rows.experts[n] : -1, row = rows.row[n] - bound.action.first_row;
     bool found;
     if (random) {
       const auto pool = bound.source.of_expert.find(rows.layer * (config_.num_experts + 1) + e + 1);
       found = pool != bound.source.of_expert.end();
       if (found)
         index[n] = pool->second[static_cast<size_t>(
-            drawn(bound.action.seed, {rows.layer, e, rows.row[n], rows.slot[n]}, pool->second.size()))];
+            drawn(bound.action.seed, {rows.layer, e, row, rows.slot[n]}, pool->second.size()))];
     } else {
-      const auto place = bound.source.places.find(place_key(rows.layer, e, rows.row[n], rows.slot[n]));
+      const auto place = bound.source.places.find(place_key(rows.layer, e, row, rows.slot[n]));
       found = place != bound.source.places.end();
       if (found) index[n] = place->second;
     }
     TORCH_CHECK_VALUE(found, kName, ": the source holds no row of layer ", rows.layer,
-                      " for some of the rows to be changed (expert ", e, ", row ", rows.row[n], ", slot ", rows.slot[n],
-                      ")");
+                      " for some of the rows to be changed (expert ", e, ", row ", row, ", slot ", rows.slot[n], ")");
   }
   return index;
 }
@@ -375,7 +384,7 @@ void ActionTable::change(Bound& bound, const Rows& rows, std::vector<uint8_t> to
     bound.value = (a.source ? a.source->values : a.value).to(scalar_type(rows.dtype)).contiguous();
   const at::Tensor columns = a.columns.defined() ? layer_of(a.columns, rows.layer) : at::Tensor();
   const at::Tensor value = !bound.value.defined() || a.source ? bound.value : layer_of(bound.value, rows.layer);
-  const std::vector<int64_t> index = a.source ? chosen_rows(bound, rows, touched) : std::vector<int64_t>{};
+  const std::vector<int64_t> index = a.source ? source_rows(bound, rows, touched) : std::vector<int64_t>{};
   using micro_kernels::Change;
   const Change change = a.kind == ActionKind::kZero    ? Change::kZero
                         : a.kind == ActionKind::kScale ? Change::kScale
@@ -409,15 +418,15 @@ RowsSeen ActionTable::reading(int64_t action) const {
   const Bound& bound = bound_[static_cast<size_t>(action)];
   if (bound.seen.empty()) {
     const at::Tensor none = at::empty({0}, at::kLong);
-    return {at::empty({0, width(bound.action.point)}), none, none, none, none};
+    return {at::empty({0, width(bound.action.point)}), none, none, none, none, none.to(at::kBool)};
   }
   const auto joined = [&](at::Tensor RowsSeen::*part) {
     std::vector<at::Tensor> parts;
     for (const RowsSeen& seen : bound.seen) parts.push_back(seen.*part);
     return at::cat(parts);
   };
-  return {joined(&RowsSeen::values), joined(&RowsSeen::layer), joined(&RowsSeen::expert), joined(&RowsSeen::row),
-          joined(&RowsSeen::slot)};
+  return {joined(&RowsSeen::values), joined(&RowsSeen::layer), joined(&RowsSeen::expert),
+          joined(&RowsSeen::row),    joined(&RowsSeen::slot),  joined(&RowsSeen::chosen)};
 }
 
 MomentsSeen ActionTable::moments(int64_t action) const {
@@ -430,8 +439,8 @@ MomentsSeen ActionTable::moments(int64_t action) const {
 
 }  // namespace engine
 
-Interventions::Interventions(const ModelConfig& config, std::vector<Action> actions)
-    : table_(std::make_unique<engine::ActionTable>(config, std::move(actions))) {}
+Interventions::Interventions(const ModelConfig& config, std::vector<Action> actions, bool all_experts)
+    : table_(std::make_unique<engine::ActionTable>(config, std::move(actions), all_experts)) {}
 Interventions::Interventions(Interventions&&) noexcept = default;
 Interventions& Interventions::operator=(Interventions&&) noexcept = default;
 Interventions::~Interventions() = default;

@@ -24,7 +24,7 @@ struct Pass {
 
 class ActionTable {
  public:
-  ActionTable(const ModelConfig& config, std::vector<Action> actions);
+  ActionTable(const ModelConfig& config, std::vector<Action> actions, bool all_experts);
 
   // Throws ValueError if it was made for a model of other sizes.
   void check_fits(const ModelConfig& config) const;
@@ -32,6 +32,8 @@ class ActionTable {
   void begin(const Pass& pass) { pass_ = pass; }
   // The points of a layer at which something happens, as BlockHooks says them.
   uint32_t points(int64_t layer) const;
+  // Whether every expert of a layer runs on every token: where it was asked for, and an action sees it.
+  bool all_experts(int64_t layer) const;
   void meet(int64_t layer, const micro_kernels::BlockRows& rows);
   void meet_residual(int64_t layer, void* rows, micro_kernels::DType dtype);
 
@@ -56,9 +58,12 @@ class ActionTable {
     int64_t layer;
     char* data;
     const int32_t *tokens, *experts;
+    const bool* chosen;  // nullptr: all
     int64_t count, width;
     micro_kernels::DType dtype;
     std::vector<int64_t> row, slot;  // of the batch, in the row; -1: not real
+
+    bool is_chosen(size_t n) const { return !chosen || chosen[n]; }
   };
 
   void check(const Bound& bound, size_t number) const;
@@ -69,13 +74,15 @@ class ActionTable {
   std::vector<bool> named_experts(const Action& action, int64_t layer) const;
   void read(Bound& bound, const Rows& rows, const std::vector<uint8_t>& touched) const;
   void change(Bound& bound, const Rows& rows, std::vector<uint8_t> touched) const;
-  std::vector<int64_t> chosen_rows(const Bound& bound, const Rows& rows, const std::vector<uint8_t>& touched) const;
+  std::vector<int64_t> source_rows(const Bound& bound, const Rows& rows, const std::vector<uint8_t>& touched) const;
   at::Tensor wrap(const Rows& rows) const;
   int64_t depth(Point point) const;
   int64_t width(Point point) const;
+  bool routed(Point point) const;
   int64_t axis(Point point) const;
 
   ModelConfig config_;
+  bool all_experts_;
   std::vector<Bound> bound_;
   Pass pass_{};
 };

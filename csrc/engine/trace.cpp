@@ -50,6 +50,12 @@ void TraceRecorder::record(int64_t layer, int64_t origin, int64_t first, int64_t
   }
 }
 
+void TraceRecorder::share_first_row() {
+  std::fill(lengths_.begin() + 1, lengths_.end(), lengths_[0]);
+  for (Field* field : {&ids_, &weights_, &probs_, &logits_, &raw_})
+    std::fill(field->rows.begin() + 1, field->rows.end(), field->rows[0]);
+}
+
 at::Tensor TraceRecorder::tensor(const Field& field, const std::vector<int64_t>& indent, int64_t slots) const {
   const auto rows = static_cast<int64_t>(lengths_.size());
   at::Tensor out = at::zeros({rows, slots, layers_, field.width}, at::TensorOptions(field.type));

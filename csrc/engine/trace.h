@@ -27,6 +27,9 @@ class TraceRecorder {
   // Tokens [first, first + count) of the call are the last `count` slots of row `origin`.
   void record(int64_t layer, int64_t origin, int64_t first, int64_t count, const LayerDecision& decision);
 
+  // Every row begins as row 0 did.
+  void share_first_row();
+
   // Rows side by side, `indent[row]` empty columns in front of each.
   Trace assemble(const std::vector<int64_t>& indent) const;
 

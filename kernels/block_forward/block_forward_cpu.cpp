@@ -2,6 +2,7 @@
 // one list of products, because every list costs the threads one meeting.
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "block_forward/buffers.h"
@@ -139,20 +140,33 @@ class Layer {
     }
     if (converts_router()) route_params.weights = m_.wide_weights;
     MICRO_RETURN_IF_FAILS(route(route_params, parallel_));
-    if (converts_router()) narrow(m_.wide_weights, p_.route.weights, size_.pairs);
-    return plan({.ids = p_.route.ids,
-                 .weights = p_.route.weights,
+    if (converts_router()) narrow(m_.wide_weights, p_.route.weights, size_.routed);
+    if (!runs_all(p_)) return sort_pairs(p_.route.ids, p_.route.weights, p_.route.k, m_.plan());
+    MICRO_RETURN_IF_FAILS(sort_pairs(p_.route.ids, p_.route.weights, p_.route.k, m_.routed));
+    for (int64_t pair = 0; pair < size_.pairs; ++pair) m_.all_ids[pair] = static_cast<int32_t>(pair % s_.experts);
+    MICRO_RETURN_IF_FAILS(sort_pairs(m_.all_ids, nullptr, s_.experts, m_.plan()));
+    std::fill_n(m_.chosen, size_.pairs, false);
+    for (int64_t n = 0; n < m_.routed.offsets[s_.experts]; ++n) m_.chosen[row_of_routed(n)] = true;
+    return Status::kOk;
+  }
+
+  Status sort_pairs(const int32_t* ids, const void* weights, int64_t k, const PlanRows& to) {
+    return plan({.ids = ids,
+                 .weights = weights,
                  .mask = p_.real,
-                 .tokens = m_.tokens,
-                 .experts = m_.experts,
-                 .offsets = m_.offsets,
-                 .inverse = m_.inverse,
+                 .tokens = to.tokens,
+                 .experts = to.experts,
+                 .offsets = to.offsets,
+                 .inverse = to.inverse,
                  .token_count = size_.tokens,
-                 .k = p_.route.k,
+                 .k = k,
                  .expert_count = s_.experts,
                  .dtype = s_.dtype},
                 parallel_);
   }
+
+  // Where every expert runs: the row at which the routing's row n is computed.
+  int64_t row_of_routed(int64_t n) const { return m_.inverse[m_.routed.tokens[n] * s_.experts + m_.routed.experts[n]]; }
 
   Status router_out(const void* x, void* logits) {
     const int64_t in = folded() ? s_.hidden : s_.router_hidden;
@@ -368,7 +382,7 @@ class Layer {
   bool at_once() const {
     return one_expert() && !shows_outputs() && !(s_.whole_block && (s_.post_norm || keeps_out()));
   }
-  bool shows_outputs() const { return wants(BlockPoint::kFfn) || wants(BlockPoint::kBlockOutput); }
+  bool shows_outputs() const { return runs_all(p_) || wants(BlockPoint::kFfn) || wants(BlockPoint::kBlockOutput); }
 
   // The experts' feed-forward parts into `ffn_out`, or at once to where they belong.
   Status feed_forward(const ConstRows& x) {
@@ -470,11 +484,16 @@ class Layer {
   }
 
   Status combine_experts(void* y) {
-    return combine({.y = m_.out,
+    const int64_t bytes = s_.hidden * element_;
+    if (runs_all(p_))
+      for (int64_t n = 0; n < m_.routed.offsets[s_.experts]; ++n)
+        std::memcpy(m_.routed_out + n * bytes, m_.out + row_of_routed(n) * bytes, static_cast<size_t>(bytes));
+    const PlanRows rows = runs_all(p_) ? m_.routed : m_.plan();
+    return combine({.y = runs_all(p_) ? m_.routed_out : m_.out,
                     .weights = p_.route.weights,
-                    .experts = m_.experts,
-                    .offsets = m_.offsets,
-                    .inverse = m_.inverse,
+                    .experts = rows.experts,
+                    .offsets = rows.offsets,
+                    .inverse = rows.inverse,
                     .out = y,
                     .token_count = size_.tokens,
                     .k = p_.route.k,
@@ -491,7 +510,8 @@ class Layer {
 
   // Rows of the plan.
   Status show(BlockPoint point, void* rows, int64_t width) {
-    return show({point, rows, m_.tokens, m_.experts, m_.offsets[s_.experts], width, s_.dtype});
+    const bool* chosen = runs_all(p_) ? m_.chosen : nullptr;
+    return show({point, rows, m_.tokens, m_.experts, m_.offsets[s_.experts], width, s_.dtype, chosen});
   }
 
   // Rows of the plan, or of all tokens.

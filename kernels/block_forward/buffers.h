@@ -17,14 +17,18 @@ inline int64_t element_bytes(DType dtype) {
 inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 inline DType accumulator_of(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-// Sizes that follow from the parameters.
+// Whether every expert runs on every token.
+inline bool runs_all(const BlockForwardParams& p) { return p.hooks && p.hooks->all_experts; }
+
+// Sizes that follow from the parameters. Pairs are those of the plan: the routing's, or all of them.
 struct Sizes {
-  int64_t tokens, pairs, queries, key_experts, key_rows;
+  int64_t tokens, routed, pairs, queries, key_experts, key_rows;
   int64_t query_width, key_width;  // A D, G D
 
   explicit Sizes(const BlockForwardParams& p)
       : tokens(p.batch * p.slots),
-        pairs(tokens * p.route.k),
+        routed(tokens * p.route.k),
+        pairs(runs_all(p) ? tokens * p.shape.experts : routed),
         queries(p.shape.whole_block ? pairs : tokens),
         key_experts(p.shape.whole_block ? p.shape.experts : 1),
         key_rows(std::max(key_experts * tokens, p.cache.x ? kLateRows : 0)),
@@ -63,11 +67,22 @@ struct KeyRows {
   int32_t* offsets;   // [key experts + 1]
 };
 
+// Pairs of a token and an expert, sorted by expert (micro_kernels/plan.h).
+struct PlanRows {
+  int32_t *tokens, *experts, *offsets, *inverse;
+};
+
 struct Buffers {
   // The decision.
   char *router_mid, *logits, *wide_x, *wide_weights;
   // The plan of the routed pairs, and that of an attention that all tokens share.
   int32_t *tokens, *experts, *offsets, *inverse, *everyone, *whole;
+  // Only where every expert runs on every token: their ids, the routing's own plan beside the one above, which of that
+  // one's rows it has, and these rows' outputs in its order.
+  int32_t* all_ids;
+  PlanRows routed;
+  bool* chosen;
+  char* routed_out;
   // Queries.
   int32_t *query_source, *query_position;
   char *rotated, *attention, *logsumexp;
@@ -84,6 +99,7 @@ struct Buffers {
   char* behind;     // what the output matrix gives
   char* ffn_out;    // what the last matrix gives
 
+  PlanRows plan() const { return {tokens, experts, offsets, inverse}; }
   // What goes into the feed-forward part, and with FFN experts into the router.
   const char* feed_forward_input(const BlockShape& s) const { return s.post_norm ? u : normed; }
 
@@ -102,13 +118,19 @@ struct Buffers {
     router_mid = elements_or(kept.router_mid, size.tokens * s.router_hidden);
     logits = arena.take(size.tokens * s.experts, wide);
     wide_x = arena.take(converts ? size.tokens * s.hidden : 0, wide);
-    wide_weights = arena.take(converts ? size.pairs : 0, wide);
+    wide_weights = arena.take(converts ? size.routed : 0, wide);
     tokens = integers_or(kept.tokens, size.pairs);
     experts = integers_or(kept.experts, size.pairs);
     offsets = integers_or(kept.offsets, s.experts + 1);
     inverse = integers_or(kept.inverse, size.pairs);
     everyone = integers(s.whole_block ? 0 : size.tokens);
     whole = integers(2);
+    const bool all = runs_all(p);
+    const int64_t routed_pairs = all ? size.routed : 0;
+    all_ids = integers(all ? size.pairs : 0);
+    routed = {integers(routed_pairs), integers(routed_pairs), integers(all ? s.experts + 1 : 0),
+              integers(routed_pairs)};
+    chosen = arena.take<bool>(all ? size.pairs : 0);
     query_source = integers(size.queries);
     query_position = integers(size.queries);
     rotated = elements_or(s.post_norm ? nullptr : kept.q, size.queries * size.query_width);
@@ -138,6 +160,7 @@ struct Buffers {
     gate = kept.gate || shown ? elements_or(kept.gate, size.pairs * s.inner) : nullptr;
     up = kept.gate || shown ? elements_or(kept.up, size.pairs * s.inner) : nullptr;
     out = elements_or(s.post_norm ? nullptr : kept.out, size.pairs * s.hidden);
+    routed_out = elements(routed_pairs * s.hidden);
     mixture = elements(s.whole_block ? 0 : size.tokens * s.hidden);
     behind = !s.post_norm ? u : kept.behind ? static_cast<char*>(kept.behind) : s.whole_block ? out : mixture;
     ffn_out = s.post_norm && kept.out ? static_cast<char*>(kept.out) : out;

@@ -25,15 +25,20 @@ _NOBODY = -1  # a row that no call has
 class EngineActions:
     """A table of actions for calls of one engine; :meth:`findings` tells what they brought back.
 
+    all_experts: every expert runs on every token, in the layers in which an action meets routed rows.
+
     Raises:
-        ValueError: an action that the model or the engine cannot do. The engine works as routed (``all_experts`` is
-            the model's), keeps no graph, and takes slices of slots that begin and end at numbers of at least 0.
+        ValueError: an action that the model or the engine cannot do. The engine keeps no graph, and takes slices of
+            slots that begin and end at numbers of at least 0.
     """
 
-    def __init__(self, native: NativeEngine, config: MiCRoConfig, actions: Sequence[Action]) -> None:
+    def __init__(
+        self, native: NativeEngine, config: MiCRoConfig, actions: Sequence[Action], *, all_experts: bool = False
+    ) -> None:
         self._findings = Findings(actions)
         self._actions = list(actions)
-        self.table: NativeTable = core.Interventions(native, [_fields(action, config) for action in actions])
+        fields_of = [_fields(action, config) for action in actions]
+        self.table: NativeTable = core.Interventions(native, fields_of, all_experts=all_experts)
 
     def findings(self) -> Findings:
         """Readings (without rows if none was met: an error when asked for) and moments."""
@@ -41,7 +46,7 @@ class EngineActions:
             if action.kind == "read":
                 parts = self.table.reading(i)
                 if len(parts[0]):
-                    self._findings.keep(i, Reading(*parts, chosen=torch.ones(len(parts[0]), dtype=torch.bool)))
+                    self._findings.keep(i, Reading(*parts))
             elif action.kind == "moments":
                 self._findings.keep(i, Moments(*self.table.moments(i)))
         return self._findings
@@ -65,6 +70,8 @@ def _fields(action: Action, config: MiCRoConfig) -> dict[str, Any]:
         "source": None if action.source is None else _on_cpu(action.source),
         "seed": action.seed % 2**64,
         "covariance": action.covariance,
+        "only_chosen": action.only_chosen,
+        "first_row": action.first_row,
     }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace as changed
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from micro.engine import Engine
 from micro.interventions.actions import Action
 from micro.interventions.session import intervene
 from micro.modeling.cache import MiCRoCache, MiCRoCacheLayer
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
     from micro.modeling import MiCRoConfig, MiCRoForCausalLM, RoutingTrace
 
 _CONTROLS = ("ablate", "keep", "bias", "force")
+# (actions of the rows, steering by argument, trace of the rows or None, number of rows) -> logits [rows,S-prefix,V]
+_Rows = Callable[[list[Action], dict[str, Any], "RoutingTrace | None", int], Tensor]
 
 
 @torch.no_grad()
 def variants(
-    model: MiCRoForCausalLM,
+    model: MiCRoForCausalLM | Engine,
     input_ids: Tensor,
     actions: Sequence[Sequence[Action]],
     *,
@@ -37,7 +41,7 @@ def variants(
     may touch are computed once and shared.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, or an engine, which forgets the rows that it holds.
         input_ids: int64 [S] or [1,S], without padding.
         actions: K lists of actions that change something (zero, scale, shift, replace, resample); a list may be empty.
             ``rows`` is not given, or holds row 0: the input.
@@ -45,38 +49,78 @@ def variants(
             first slot that an action's ``positions`` name (without positions: 0), and 0 where there are controls.
         controls: K mappings of steering as in ``forward`` (ablate, keep, bias, force); an S axis counts the slots
             behind the prefix.
-        replay: a trace of this input, of one row, or of K.
+        replay: a trace of this input, of one row, or of K; not with an engine.
         batch: variants per forward pass.
         progress: show a bar.
 
     Returns:
-        [K,S-prefix,V], in the dtype of the model's logits: what K calls of ``model`` with the prefix in its cache give,
-        on the CPU bit for bit.
+        [K,S-prefix,V], in the dtype of the model's logits (engine: float32, or float64 for float64): what K calls of
+        ``model`` with the prefix in its cache give, on the CPU bit for bit. Cost: ``prefix`` slots once and S-prefix
+        slots K times; each variant of a batch has a copy of the prefix's keys and values.
 
     Raises:
         ValueError: shapes, the prefix, or actions that only read: read in ``model.intervene``.
     """
     ids = _one_row(input_ids)
-    _check(model, actions, controls, batch)
+    _check(model, actions, controls, replay, batch)
     shared = _shared_slots(actions, ids.shape[1], prefix, controls is not None or replay is not None)
+    out: list[Tensor] = []
+    starts = range(0, len(actions), batch)
+    with _engine_rows(model, ids, shared) if isinstance(model, Engine) else _model_rows(model, ids, shared) as behind:
+        for first in track(starts, "variants") if progress else starts:
+            own = range(first, min(first + batch, len(actions)))
+            table = side_by_side([actions[k] for k in own])
+            steering = {} if controls is None else _joined(model.config, [controls[k] for k in own])
+            out.append(behind(table, steering, _traces(replay, own, len(actions)), len(own)))
+    return torch.cat(out)
+
+
+def side_by_side(actions: Sequence[Sequence[Action]]) -> list[Action]:
+    """K lists of actions on one input as one table for a batch of K rows: those of list k act on row k alone.
+
+    ``rows`` of an action is not given, or holds row 0: the input; a source's row 0 is the input, too.
+    """
+    return [_in_row(action, row) for row, own in enumerate(actions) for action in own]
+
+
+@contextmanager
+def _model_rows(model: MiCRoForCausalLM, ids: Tensor, shared: int) -> Iterator[_Rows]:
     cache = MiCRoCache(model.config)
     if shared:
         model(ids[:, :shared], past_key_values=cache)
-    out: list[Tensor] = []
-    starts = range(0, len(actions), batch)
-    for first in track(starts, "variants") if progress else starts:
-        own = range(first, min(first + batch, len(actions)))
-        table = [_in_row(action, row) for row, k in enumerate(own) for action in actions[k]]
-        steering = {} if controls is None else _joined(model.config, [controls[k] for k in own])
+
+    def run(table: list[Action], steering: dict[str, Any], replay: RoutingTrace | None, count: int) -> Tensor:
         with intervene(model.model, *table):
             got = model(
-                ids[:, shared:].expand(len(own), -1),
-                past_key_values=_copies(cache, model.config, len(own)),
-                replay=_traces(replay, own, len(actions)),
+                ids[:, shared:].expand(count, -1),
+                past_key_values=_copies(cache, model.config, count),
+                replay=replay,
                 **steering,
             )
-        out.append(got.logits)
-    return torch.cat(out)
+        logits: Tensor = got.logits
+        return logits
+
+    yield run
+
+
+@contextmanager
+def _engine_rows(engine: Engine, ids: Tensor, shared: int) -> Iterator[_Rows]:
+    def run(table: list[Action], steering: dict[str, Any], replay: RoutingTrace | None, count: int) -> Tensor:
+        if shared:
+            engine.truncate(shared)
+            engine.select([0] * count)
+        else:
+            engine.reset()
+        rest = ids[:, shared:].expand(count, -1)
+        return engine.prefill(rest, all_logits=True, interventions=table, **steering).logits
+
+    engine.reset()
+    try:
+        if shared:
+            engine.prefill(ids[:, :shared])
+        yield run
+    finally:
+        engine.reset()
 
 
 def _one_row(input_ids: Tensor) -> Tensor:
@@ -87,12 +131,16 @@ def _one_row(input_ids: Tensor) -> Tensor:
 
 
 def _check(
-    model: MiCRoForCausalLM,
+    model: MiCRoForCausalLM | Engine,
     actions: Sequence[Sequence[Action]],
     controls: Sequence[Mapping[str, Any]] | None,
+    replay: RoutingTrace | None,
     batch: int,
 ) -> None:
-    if model.training:
+    if isinstance(model, Engine):
+        if replay is not None:
+            raise ValueError("variants: the engine takes no replay; give the model")
+    elif model.training:
         raise ValueError("variants: call model.eval() first; noise and dropped states would differ from row to row")
     if not len(actions):
         raise ValueError("variants: there are no lists of actions")
@@ -104,7 +152,7 @@ def _check(
         if not isinstance(action, Action):
             raise TypeError(f"variants: expected lists of actions, got {action!r}")
         if action.kind in ("read", "moments"):
-            raise ValueError("variants gives logits; read in model.intervene")
+            raise ValueError("variants gives logits; read in model.intervene or in the engine's calls")
 
 
 def _shared_slots(actions: Sequence[Sequence[Action]], slots: int, prefix: int | None, everywhere: bool) -> int:
@@ -134,7 +182,7 @@ def _first_slot(action: Action, slots: int) -> int:
 def _in_row(action: Action, row: int) -> Action:
     """The action on one row of the batch, which its source knows as row 0."""
     mine = action.rows is None or 0 in action.rows
-    return changed(action, rows=[row] if mine else [], first_row=row, name=None)
+    return changed(action, rows=[row] if mine else [], first_row=row)
 
 
 def _copies(cache: MiCRoCache, config: MiCRoConfig, count: int) -> MiCRoCache:

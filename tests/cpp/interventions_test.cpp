@@ -15,6 +15,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "micro/engine.h"
@@ -133,6 +134,103 @@ TEST(Interventions, WhatIsReplacedIsReadBehindIt) {
   EXPECT_EQ(touched.sum().item<int64_t>(), 5 - 2 + 2);  // prompt, and the answer but its last token
   EXPECT_TRUE((seen.values.index_select(0, touched.nonzero().select(1, 0)) - 0.5).abs().max().item<double>() < 1e-6);
   EXPECT_FALSE(seen.values.index_select(0, touched.logical_not().nonzero().select(1, 0)).eq(0.5).any().item<bool>());
+}
+
+TEST(Interventions, AllExpertsAreSeenAndNothingElseChanges) {
+  Engine engine = small_engine();
+  const std::vector<Action> actions = {
+      {.kind = ActionKind::kScale, .point = Point::kUnits, .value = at::full({1, 1, 1}, 0.5)},
+      {.kind = ActionKind::kRead, .point = Point::kBlockOutput},
+      {.kind = ActionKind::kRead, .point = Point::kUnits, .only_chosen = true},
+      {.kind = ActionKind::kMoments, .point = Point::kFfn, .layers = {1}},
+      {.kind = ActionKind::kRead, .point = Point::kResidual}};
+  Interventions usual(engine.config(), actions), all(engine.config(), actions, /*all_experts=*/true);
+  const at::Tensor want = engine.prefill(kRows, {.all_logits = true, .interventions = &usual}).logits;
+  engine.reset();
+  EXPECT_TRUE(at::equal(engine.prefill(kRows, {.all_logits = true, .interventions = &all}).logits, want));
+  const RowsSeen few = usual.reading(1), many = all.reading(1);
+  EXPECT_TRUE(few.chosen.all().item<bool>());
+  EXPECT_EQ(many.values.size(0), 2 * 8 * 4);
+  const at::Tensor chosen = many.chosen.nonzero().select(1, 0);
+  EXPECT_TRUE(at::equal(many.values.index_select(0, chosen), few.values));
+  EXPECT_TRUE(at::equal(many.expert.index_select(0, chosen), few.expert));
+  EXPECT_TRUE(at::equal(all.reading(2).values, usual.reading(2).values));
+  EXPECT_TRUE(all.moments(3).count[1].eq(8).all().item<bool>());
+  EXPECT_TRUE(all.reading(4).chosen.all().item<bool>());
+  EXPECT_TRUE(at::equal(all.reading(4).values, usual.reading(4).values));
+  const Generation answer = engine.generate(kRows, {.max_new_tokens = 4, .interventions = &all});
+  EXPECT_EQ(answer.tokens, engine.generate(kRows, {.max_new_tokens = 4, .interventions = &usual}).tokens);
+}
+
+// What nobody sees is not computed: keys of experts that are not used are not made.
+TEST(Interventions, AllExpertsRunOnlyWhereAnActionSeesThem) {
+  Engine engine = small_engine();
+  const auto keys = [&](std::vector<Action> actions, bool all) {
+    Interventions table(engine.config(), std::move(actions), all);
+    engine.reset();
+    engine.prefill({{1, 5, 9}}, {.interventions = &table});
+    return engine.cache_bytes().keys_values;
+  };
+  const int64_t plain = keys({}, false), slots = 3 * 2 * 8 * 4;  // of one expert in one layer: keys and values, float32
+  EXPECT_LT(plain, 2 * 4 * slots);
+  EXPECT_EQ(keys({}, true), plain);
+  EXPECT_EQ(keys({{.kind = ActionKind::kRead, .point = Point::kRouter}}, true), plain);
+  EXPECT_EQ(keys({{.kind = ActionKind::kRead, .point = Point::kFfn}}, true), 2 * 4 * slots);
+}
+
+// K interventions behind a prefix: read once, copied, and each row's actions act on it alone.
+TEST(Interventions, RowsBehindASharedPrefix) {
+  Engine engine = small_engine();
+  const std::vector<int64_t> prompt = {1, 5, 9, 2, 7, 3, 8};
+  const SlotRange behind{.first = 4};
+  const auto shifted = [&](const std::vector<int64_t>& rows, double value) {
+    return Action{.kind = ActionKind::kShift,
+                  .point = Point::kResidual,
+                  .layers = {1},
+                  .rows = rows,
+                  .range = behind,
+                  .value = at::full({1, 1, 1}, value)};
+  };
+  const double values[] = {0, 2, -3};
+  std::vector<std::vector<int64_t>> alone;
+  for (const double value : values) {
+    Interventions one(engine.config(), {shifted({}, value)});
+    alone.push_back(engine.generate({prompt}, {.max_new_tokens = 5, .interventions = &one}).tokens[0]);
+  }
+  EXPECT_NE(alone[0], alone[1]);
+  EXPECT_NE(alone[0], alone[2]);
+  Interventions table(
+      engine.config(),
+      {shifted({1}, 2), shifted({2}, -3), {.kind = ActionKind::kRead, .point = Point::kResidual, .layers = {0}}});
+  const Generation together =
+      engine.generate({prompt, prompt, prompt},
+                      {.max_new_tokens = 5, .chunk = 2, .trace = true, .interventions = &table, .shared_prefix = 4});
+  EXPECT_EQ(together.tokens, alone);
+  EXPECT_EQ(table.reading(2).slot.min().item<int64_t>(), 4);
+  const Generation plain = engine.generate({prompt}, {.max_new_tokens = 5, .trace = true});
+  EXPECT_TRUE(at::equal(together.trace->ids.select(1, 0), plain.trace->ids.select(1, 0)));
+  EXPECT_TRUE(
+      at::equal(together.trace->probs.select(1, 2).narrow(1, 0, 4), plain.trace->probs.select(1, 0).narrow(1, 0, 4)));
+  // The same by hand, to the logits of all tokens behind the prefix.
+  const std::vector<int64_t> prefix(prompt.begin(), prompt.begin() + 4), rest(prompt.begin() + 4, prompt.end());
+  engine.prefill({prefix});
+  engine.select({0, 0, 0});
+  const at::Tensor logits = engine.prefill({rest, rest, rest}, {.all_logits = true, .interventions = &table}).logits;
+  for (int64_t row = 0; row < 3; ++row) {
+    engine.reset();
+    Interventions one(engine.config(), {shifted({}, values[row])});
+    const at::Tensor whole = engine.prefill({prompt}, {.all_logits = true, .interventions = &one}).logits;
+    EXPECT_TRUE(at::equal(logits[row], whole[0].narrow(0, 4, 3))) << row;
+  }
+}
+
+TEST(Interventions, WrongSharedPrefixesAreRefused) {
+  Engine engine = small_engine();
+  expect_message("prompt 1 has 3 tokens; at least one",
+                 [&] { engine.generate(kRows, {.max_new_tokens = 2, .shared_prefix = 3}); });
+  expect_message("prompt 1 differs from prompt 0 in the first 2",
+                 [&] { engine.generate(kRows, {.max_new_tokens = 2, .shared_prefix = 2}); });
+  expect_message("shared_prefix is -1", [&] { engine.generate(kRows, {.max_new_tokens = 2, .shared_prefix = -1}); });
 }
 
 TEST(Interventions, WrongActionsAreRefused) {

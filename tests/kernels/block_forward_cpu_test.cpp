@@ -3,7 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include "block_forward_layer.h"
@@ -146,6 +148,68 @@ TYPED_TEST(BlockForward, ShownRowsAreTheLayersOwn) {
           EXPECT_FALSE(same_bits(points == 1 ? call.raw : call.y, points == 1 ? plain.raw : plain.y)) << points;
         }
       }
+}
+
+// The rows of tokens, and of pairs that the routing has, by point, token and expert (-1: none).
+template <class T>
+using ShownRows = std::map<std::array<int64_t, 3>, std::vector<T>>;
+
+// Of a call whose layer shows `count` rows of pairs at a time.
+template <class T>
+ShownRows<T> shown_rows(BlockForwardParams p, uint32_t points, bool all_experts, int64_t count) {
+  ShownRows<T> seen;
+  const auto meet = [&](const BlockRows& rows) {
+    const auto* row = static_cast<const T*>(rows.rows);
+    for (int64_t n = 0; n < rows.count; ++n, row += rows.width) {
+      if (rows.chosen && !rows.chosen[n]) continue;
+      const int64_t token = rows.tokens ? rows.tokens[n] : n, expert = rows.experts ? rows.experts[n] : -1;
+      EXPECT_TRUE(seen.emplace(std::array{static_cast<int64_t>(rows.point), token, expert},
+                               std::vector<T>(row, row + rows.width))
+                      .second);
+    }
+    EXPECT_EQ(rows.chosen != nullptr, rows.experts && all_experts);
+    EXPECT_TRUE(!rows.experts || rows.count == count);
+    return Status::kOk;
+  };
+  const BlockHooks hooks{points, meet, all_experts};
+  p.hooks = &hooks;
+  EXPECT_EQ(run(p, two_threads), Status::kOk);
+  return seen;
+}
+
+// Every expert shows every real token, the routed rows as they are without the others, and the layer gives the same.
+TYPED_TEST(BlockForward, AllExpertsRunAndTheResultStays) {
+  constexpr int64_t kBatch = 2, kSlots = 4, kReal = 6;
+  constexpr uint32_t kEverywhere = (1u << 7) - 1, kUnits = 1u << static_cast<int>(BlockPoint::kUnits);
+  const auto x = random_values<TypeParam>(kBatch * kSlots * kHidden, 16, 1);
+  for (const bool whole : {true, false})
+    for (const bool post : {true, false})
+      for (const bool lazy : {true, false})
+        for (const int64_t k : {1, 2}) {
+          if (lazy && !whole) continue;
+          SCOPED_TRACE(testing::Message() << "whole " << whole << " post " << post << " lazy " << lazy << " k " << k);
+          const Weights<TypeParam> w(whole, post);
+          Call<TypeParam> usual(w, x, kBatch, 0, k, kSlots);
+          usual.mask.assign(kBatch * kSlots, 1);
+          usual.mask[0] = usual.mask[1] = 0;
+          usual.real = usual.mask;
+          Call<TypeParam> all = usual, unseen = usual;
+          const auto show = [&](Call<TypeParam>& call, uint32_t points, bool all_experts) {
+            Store<TypeParam> store(w, kBatch, kSlots);
+            Late<TypeParam> late(kBatch, kSlots);
+            BlockForwardParams p = call.params(store.keys.data(), store.values.data());
+            if (lazy) late.use(p);
+            return shown_rows<TypeParam>(p, points, all_experts, kReal * (all_experts ? kExperts : k));
+          };
+          ShownRows<TypeParam> want = show(usual, kEverywhere, false), got = show(all, kEverywhere, true);
+          for (auto* rows : {&want, &got})  // what tokens that are not real show is nobody's business
+            std::erase_if(*rows, [&](const auto& row) { return !usual.real[static_cast<size_t>(row.first[1])]; });
+          ASSERT_EQ(want.size(), got.size());
+          for (const auto& [place, row] : want) EXPECT_TRUE(same_bits(got[place], row));
+          expect_same(all, usual);
+          show(unseen, kUnits, true);
+          expect_same(unseen, usual);
+        }
 }
 
 TYPED_TEST(BlockForward, NoCacheIsAFreshCache) {

@@ -108,6 +108,8 @@ struct GenerateOptions {
   std::function<bool(int64_t row, int64_t token)> on_token = {};  // every new token; true: the row ends with it
   std::function<void()> on_step = {};                             // between steps; an exception ends the generation
   Interventions* interventions = nullptr;                         // as in CallOptions; rows: of the prompts
+  int64_t shared_prefix = 0;  // tokens with which all prompts begin: read once, in one row that is then copied, without
+                              // actions and controls, which begin behind it; S axes of `prompt` count from there
 };
 
 struct Generation {

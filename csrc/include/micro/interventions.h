@@ -38,6 +38,8 @@ struct RowsSeen {
   at::Tensor expert;  // -1 at token rows
   at::Tensor row;     // of the call's batch
   at::Tensor slot;    // of the row, from 0
+  at::Tensor chosen;  // bool [N]: whether the token is routed to the expert; false only where all experts run. As the
+                      // source of an action it may be undefined
 };
 
 // Streaming moments, float64 (micro/moments.h). L' is L, at kResidual L + 1; E' is E at routed rows, 1 at token rows.
@@ -69,6 +71,8 @@ struct Action {
                                         // kResample: of a random row of the same layer and expert. All W columns
   uint64_t seed = 0;                    // of kResample; a draw depends on layer, expert, row and slot alone
   bool covariance = false;              // of kMoments
+  bool only_chosen = false;             // where all experts run: only rows of experts that the token is routed to
+  int64_t first_row = 0;                // the row of the batch that counts as row 0 of the source
 };
 
 // Actions in the order in which they act, and what they bring back. Pass it to Engine::prefill, decode or generate;
@@ -78,10 +82,15 @@ struct Action {
 //                                                {.kind = micro::ActionKind::kRead}});
 //   engine.generate(prompts, {.interventions = &table});
 //   at::Tensor residual = table.reading(1).values;
+//
+// K interventions on one input: read the shared tokens once, Engine::select(std::vector<int64_t>(K, 0)), and read the
+// rest with one action list whose `rows` tell them apart; or GenerateOptions::shared_prefix.
 class Interventions {
  public:
+  // all_experts: in layers of which an action meets routed rows, every expert runs on every token, so that these rows
+  // are E for each token; what the layer gives is that of the usual routing, bit for bit (model.md 9.5, mode "all").
   // Throws ValueError or TypeError for what the model does not have, naming the action.
-  Interventions(const ModelConfig& config, std::vector<Action> actions);
+  Interventions(const ModelConfig& config, std::vector<Action> actions, bool all_experts = false);
   Interventions(Interventions&&) noexcept;
   Interventions& operator=(Interventions&&) noexcept;
   ~Interventions();

@@ -87,7 +87,8 @@ struct BlockRows {
   const int32_t* tokens;   // [count]; nullptr: the row's number, tokens that are not real included
   const int32_t* experts;  // [count]; nullptr: rows of tokens, of no expert
   int64_t count, width;
-  DType dtype;  // the element type; router logits of a folded map: the accumulator type
+  DType dtype;                   // the element type; router logits of a folded map: the accumulator type
+  const bool* chosen = nullptr;  // [count], whether the routing has the pair; nullptr: it has them all
 };
 
 // `meet` gets the rows of the points asked for, from the calling thread, and may change them. The layer then takes the
@@ -95,6 +96,7 @@ struct BlockRows {
 struct BlockHooks {
   uint32_t points = 0;  // 1 << point
   std::function<Status(const BlockRows&)> meet;
+  bool all_experts = false;  // every expert runs on, and shows, every real token; y is still that of the routed pairs
 
   bool wants(BlockPoint point) const { return points >> static_cast<int>(point) & 1; }
 };

@@ -39,9 +39,9 @@ def changes(model: MiCRoForCausalLM) -> list[iv.Action]:
 
 @torch.no_grad()
 def of_model(
-    model: MiCRoForCausalLM, ids: Tensor, actions: list[iv.Action], **controls: Any
+    model: MiCRoForCausalLM, ids: Tensor, actions: list[iv.Action], *, all_experts: bool = False, **controls: Any
 ) -> tuple[Tensor, iv.Findings]:
-    with model.intervene(*actions) as run:
+    with model.intervene(*actions, all_experts=all_experts) as run:
         return model(ids, use_cache=False, **controls).logits.float(), run
 
 
@@ -51,7 +51,7 @@ def assert_same_rows(got: iv.Reading, want: iv.Reading) -> None:
     def sorted_rows(reading: iv.Reading) -> tuple[Tensor, ...]:
         place = torch.stack([reading.layer, reading.expert, reading.row, reading.slot], 1)
         order = sorted(range(len(place)), key=lambda i: place[i].tolist())
-        return place[order], reading.values[order]
+        return place[order], reading.chosen[order], reading.values[order]
 
     for mine, theirs in zip(sorted_rows(got), sorted_rows(want), strict=True):
         assert torch.equal(mine, theirs)
@@ -81,6 +81,91 @@ def test_actions_give_the_models_bits_in_one_call_in_chunks_and_token_by_token(
         engine.prefill(ids[:, :11], interventions=actions)
         for slot in range(11, 17):
             step = engine.decode(ids[:, slot], interventions=actions)
+            assert torch.equal(step.logits, want[:, slot])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backbone,kind", ALL_FOUR)
+def test_all_experts_are_read_as_in_the_model_and_change_no_result(
+    backbone: str, kind: str, dtype: torch.dtype
+) -> None:
+    model = small_model(backbone, kind, dtype=dtype)
+    ids = random_ids(2, 13)
+    actions = [*changes(model), *(iv.read(point, name=point) for point in iv.POINTS)]
+    want, run = of_model(model, ids, actions, all_experts=True)
+    usual, _ = of_model(model, ids, actions)
+    assert torch.equal(want, usual)
+    rows = run.reading("block_output")
+    assert len(rows) == 2 * 26 * 4
+    assert int(rows.chosen.sum()) == 2 * 26
+    for keys_values in ("lazy", "eager"):
+        engine = model.engine(keys_values=keys_values)
+        for cuts in ([13], [5, 5, 3], [9, 1, 1, 1, 1]):
+            found, first = [], 0
+            for count in cuts:
+                part = ids[:, first : first + count]
+                out = engine.prefill(part, all_logits=True, chunk=4, interventions=actions, all_experts=True)
+                assert torch.equal(out.logits, want[:, first : first + count])
+                assert out.findings is not None
+                found.append(out.findings)
+                first += count
+            for point in iv.POINTS:
+                assert_same_rows(iv.Reading.cat([part.reading(point) for part in found]), run.reading(point))
+            engine.reset()
+
+
+def test_all_experts_with_two_chosen_weights_that_underflow_and_rows_of_unequal_length() -> None:
+    model = small_model(dtype=torch.float32, num_experts_per_tok=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.router.out_proj.weight *= 200
+    rows = [random_ids(1, n, seed=n)[0].tolist() for n in (5, 12, 1)]
+    actions = [
+        iv.read("block_output", name="b"),
+        iv.read("units", only_chosen=True, name="u"),
+        iv.moments("ffn", name="m"),
+        iv.moments("ffn", only_chosen=True, name="c"),
+    ]
+    out = model.engine().prefill(rows, all_logits=True, interventions=actions, all_experts=True)
+    assert out.findings is not None
+    counts = {"m": torch.zeros(2, 4, dtype=torch.float64), "c": torch.zeros(2, 4, dtype=torch.float64)}
+    for number, row in enumerate(rows):
+        logits, run = of_model(model, torch.tensor([row]), actions, all_experts=True)
+        assert torch.equal(out.logits[number, : len(row)], logits[0])
+        for name in ("b", "u"):
+            mine = out.findings.reading(name)
+            mine = mine.select(mine.row == number)
+            mine.row[:] = 0
+            assert_same_rows(mine, run.reading(name))
+        for name, total in counts.items():
+            total += run.moments(name).count
+    for name, total in counts.items():
+        assert torch.equal(out.findings.moments(name).count, total)
+    assert int(counts["m"].sum()) == 2 * 18 * 4
+    assert int(out.findings.reading("b").chosen.sum()) == len(out.findings.reading("u")) == int(counts["c"].sum())
+    assert int(counts["c"].sum()) < 2 * 18 * 2  # some weights are 0: those experts are not chosen
+
+
+@pytest.mark.parametrize("options", [{}, {"numerics": "fast"}, {"weights": "int8"}, {"keys_values": "eager"}], ids=str)
+def test_tokens_are_the_same_whoever_looks_on(options: dict[str, Any]) -> None:
+    model = small_model(dtype=torch.float32)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (4, 9)]
+    engine = model.engine(**options)
+    ask: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": [], "temperature": 1.0}
+    plain = engine.generate(prompts, **ask)
+    empty = engine.generate(prompts, **ask, all_experts=True)
+    seen = engine.generate(prompts, **ask, interventions=[iv.read("block_output")], all_experts=True)
+    assert plain.tokens == empty.tokens == seen.tokens
+    assert seen.findings is not None
+    assert len(seen.findings.reading("block_output")) == 2 * 4 * (4 + 5 + 9 + 5)
+    # Keys that all experts made serve calls without them, and the other way round.
+    ids = random_ids(2, 9)
+    want = engine.prefill(ids, all_logits=True).logits
+    for watched in ((3,), (0, 4), (8,)):
+        engine.reset()
+        for slot in range(9):
+            actions = [iv.read("ffn")] if slot in watched else []
+            step = engine.prefill(ids[:, slot : slot + 1], interventions=actions, all_experts=True)
             assert torch.equal(step.logits, want[:, slot])
 
 
