@@ -14,7 +14,10 @@ from micro.evaluation.cogbench.experiment import Query
 from micro.evaluation.cogbench.step_by_step import Reasoned
 from micro.modeling.controls import ACTIVE, Phases
 
+ANSWER_TOKENS = 2  # behind a forced beginning
 Ended = Callable[[int, list[int]], bool]  # (row, tokens of its reply so far)
+# (prompts, runs, length, ended) -> tokens
+Complete = Callable[[list[list[int]], Sequence[int], int, Ended | None], list[list[int]]]
 
 
 @runtime_checkable
@@ -46,7 +49,8 @@ class ModelAgent:
         model: a MiCRo model, or any causal model of transformers.
         tokenizer: its tokenizer; no chat template is used.
         batch_size: prompts that are completed together; so many runs are played side by side.
-        max_new_tokens: length of a reply; a reply that reasons ends with its final answer.
+        max_new_tokens: length of a reply. One that reasons stops at its final answer; where that is missing in the end,
+            it is asked for with two more tokens.
         engine: complete with the C++ engine, same tokens as the model; default: where the model has one and is on the
             CPU. Inside ``model.intervene`` the model itself answers.
         controls: steering arguments of every call, ``{"ablate": "social"}`` say.
@@ -64,7 +68,7 @@ class ModelAgent:
         tokenizer: Any,
         *,
         batch_size: int = 32,
-        max_new_tokens: int = 2,
+        max_new_tokens: int = ANSWER_TOKENS,
         engine: bool | None = None,
         controls: Mapping[str, Any] | None = None,
         trailing_space: bool = False,
@@ -79,7 +83,7 @@ class ModelAgent:
         self._trailing_space = trailing_space
         self.name = _fingerprint(model, self.controls)
         wanted = hasattr(model, "engine") and model.device.type == "cpu" if engine is None else engine
-        self._reader = _Reader(model, max_new_tokens, self.controls) if wanted else None
+        self._reader = _Reader(model, self.controls) if wanted else None
         self._limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
     def check_keepable(self) -> None:
@@ -105,14 +109,36 @@ class ModelAgent:
                 f"cogbench: a prompt has {longest} tokens, the model reads {self._limit} at most, its reply included; "
                 "leave this experiment out (experiments=...)"
             )
-        replies: list[list[int]] = []
+        replies: list[str] = []
         for start in range(0, len(ids), self.batch_size):
             part = slice(start, start + self.batch_size)
             # The engine does not meet the actions of a block.
             reader = self._reader if open_session(self.model) is None else None
             complete = self._generate if reader is None else reader.complete
-            replies += complete(ids[part], runs[part], self._ended(queries[part]))
-        return [self._text(reply) for reply in replies]
+            found = complete(ids[part], runs[part], self.max_new_tokens, self._ended(queries[part]))
+            replies += self._finished(queries[part], runs[part], [self._text(reply) for reply in found], complete)
+        return replies
+
+    def _finished(
+        self, queries: Sequence[Query], runs: Sequence[int], replies: list[str], complete: Complete
+    ) -> list[str]:
+        """Replies that reason, with a final answer where it was missing. All rows go along: the engine keeps them."""
+        pairs = list(zip(queries, replies, strict=True))
+        missing = [isinstance(query, Reasoned) and query.read(reply) is None for query, reply in pairs]
+        if not any(missing):
+            return replies
+        begun = [
+            query.begun(reply) if isinstance(query, Reasoned) and wanted else reply
+            for (query, reply), wanted in zip(pairs, missing, strict=True)
+        ]
+        ids = [list(self.tokenizer(query.text + text)["input_ids"]) for query, text in zip(queries, begun, strict=True)]
+        if self._limit is not None and max(map(len, ids)) + ANSWER_TOKENS > self._limit:
+            return replies
+        found = complete(ids, runs, ANSWER_TOKENS, None)
+        return [
+            text + self._text(answer) if wanted else text
+            for text, answer, wanted in zip(begun, found, missing, strict=True)
+        ]
 
     def _text(self, reply: list[int]) -> str:
         return str(self.tokenizer.decode(reply, skip_special_tokens=True))
@@ -123,7 +149,9 @@ class ModelAgent:
             return None
         return lambda row, reply: queries[row].ended(self._text(reply))
 
-    def _generate(self, prompts: list[list[int]], runs: Sequence[int], ended: Ended | None) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[list[int]], runs: Sequence[int], length: int, ended: Ended | None
+    ) -> list[list[int]]:
         """Of the model itself, with padding on the left."""
         width = max(map(len, prompts))
         padding = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
@@ -136,7 +164,7 @@ class ModelAgent:
                 out = self.model.generate(
                     input_ids=ids,
                     attention_mask=mask,
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=length,
                     do_sample=False,
                     pad_token_id=padding,
                     **({} if ended is None else {"stopping_criteria": [_criterion(ended, width, len(prompts))]}),
@@ -166,25 +194,27 @@ class _Reader:
     Prompts of a run share their beginning and grow by a line per trial: without this, a run of n trials reads n² lines.
     """
 
-    def __init__(self, model: Any, max_new_tokens: int, controls: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, controls: Mapping[str, Any]) -> None:
         self._engine = model.engine()
-        self._length, self._controls = max_new_tokens, dict(controls)
+        self._controls = dict(controls)
         self._stops = _stop_ids(model)
         self._read: dict[int, list[int]] = {}  # run -> tokens that its row holds; rows stand in this order
         self._steered = ACTIVE.get()  # the blocks under which they were read
 
-    def complete(self, prompts: list[list[int]], runs: Sequence[int], ended: Ended | None) -> list[list[int]]:
-        """Greedy continuations, each ending with a stop token, where it is over, or after the wanted tokens."""
+    def complete(
+        self, prompts: list[list[int]], runs: Sequence[int], length: int, ended: Ended | None
+    ) -> list[list[int]]:
+        """Greedy continuations, each ending with a stop token, where it is over, or after ``length`` tokens."""
         logits = self._engine.prefill(self._unread(prompts, runs), **self._controls).logits
         replies: list[list[int]] = [[] for _ in prompts]
         open_rows = [True] * len(prompts)
-        for step in range(self._length):
+        for step in range(length):
             tokens = logits.reshape(len(prompts), -1).argmax(-1)
             for row, token in enumerate(tokens.tolist()):
                 if open_rows[row]:
                     replies[row].append(token)
                     open_rows[row] = token not in self._stops and not (ended and ended(row, replies[row]))
-            if step + 1 == self._length or not any(open_rows):
+            if step + 1 == length or not any(open_rows):
                 break
             logits = self._engine.decode(tokens, **self._controls).logits
             for run, token in zip(runs, tokens.tolist(), strict=True):

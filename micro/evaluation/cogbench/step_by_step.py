@@ -10,7 +10,8 @@ tokens"). Prompt and reading are our own, since the protocol leaves them open:
   it do not matter. What stands elsewhere does not count, however much it looks like an answer, and nothing does behind
   the beginning of another question ("Q:"). A reply without such a line is unreadable and counts as a random choice, as
   in the direct variant (a confidence as 0).
-- Writing stops at that line, at the end of text, or after 350 tokens.
+- A model writes until that line is whole, to the end of text, or 350 tokens. If there is no such line by then (small
+  models seldom write one), the line is begun for it and it fills in two tokens, as in the direct variant.
 - The second query of a restless-bandit trial names the machine that was chosen in the line it asks for.
 - Both presets read replies in this way: the published slips of reading belong to replies of two tokens.
 """
@@ -52,6 +53,11 @@ class Reasoned(Query):
         if _NEXT_QUESTION.search(reply):
             return True
         return self.read(reply[: reply.rfind("\n") + 1]) is not None
+
+    def begun(self, reply: str) -> str:
+        """The reasoning of a reply, with the final line begun behind it."""
+        thoughts = _NEXT_QUESTION.split(reply, maxsplit=1)[0].rstrip()
+        return f"{thoughts}\n{MARK} {self.prefix}".rstrip(" ")
 
     def reply(self, answer: float) -> str:
         """A reply that gives this answer, for agents that do not write."""

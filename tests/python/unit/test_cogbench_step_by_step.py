@@ -303,6 +303,35 @@ def test_writing_stops_behind_the_final_answer(player, engine):
     assert direct.longest > scripted.longest
 
 
+@pytest.mark.parametrize("engine", [True, False])
+def test_a_final_line_that_is_missing_is_begun_and_filled_in(player, engine):
+    model, tokenizer = player
+    asked = []
+
+    class Listening(Scripted):
+        def __call__(self, text):
+            asked.append(text)
+            return self.tokenizer(text)
+
+        def decode(self, ids, **_):
+            if len(asked) > 2:  # the second time two tokens are written
+                return {1: " J", 2: " J\n"}[len(ids)]
+            return super().decode(ids)
+
+    scripted = Listening(tokenizer, " Machine F paid 61, Machine J 40.\n\nQ: Another one?\n\nFinal answer: Machine F\n")
+    agent = cogbench.ModelAgent(model, scripted, engine=engine, max_new_tokens=30)
+    query = letters("F", "J")
+    replies = agent.answer([query, cogbench.Query("Machine ", ("F", "J"))], range(2))
+    assert len(asked) == 4
+    assert asked[2] == query.text + " Machine F paid 61, Machine J 40.\nFinal answer: Machine"
+    assert (
+        replies[0].startswith(" Machine F paid 61, Machine J 40.\nFinal answer: Machine J")
+        and query.read(replies[0]) == 1
+    )
+    assert "Final answer: Machine J" not in replies[1]
+    assert share().begun(" Let me see\n\nQ: What?").endswith("see\nFinal answer: The probability is 0.")
+
+
 def test_a_prompt_and_its_reasoning_must_fit(player):
     model, tokenizer = player
     agent = cogbench.ModelAgent(model, tokenizer, max_new_tokens=4090)
