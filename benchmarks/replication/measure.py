@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.replication.data import Items
 from micro.analysis.batches import token_losses
+from micro.analysis.modes import evaluating
 from micro.experts import NAMES
 from micro.progress import track
 
@@ -132,10 +133,8 @@ class RouteRecorder:
         """Record if this step ends a quarter of the stage; the model is left as it was."""
         for share in self.SHARES:
             if step == max(1, round(share / 100 * steps)):
-                was_training = model.training
-                model.train(False)
-                routes = token_routes(model, self.items, self.kept)
-                model.train(was_training)
+                with evaluating(model):
+                    routes = token_routes(model, self.items, self.kept)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / f"{share}.txt").write_text("\n".join(routes) + "\n")
 

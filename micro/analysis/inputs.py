@@ -1,15 +1,11 @@
-"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, a model that is not in training, and
-numbers that JSON can hold.
-"""
+"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, and numbers that JSON can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from micro.analysis.batches import IGNORED, encoded, shifted
 
@@ -53,18 +49,6 @@ def counted(batch: dict[str, Tensor], positions: str) -> Tensor:
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
     return shifted(batch["labels"]) != IGNORED if positions == "predicting" else batch["attention_mask"].bool()
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No gradient and no noise inside the block; the mode is what it was behind it."""
-    was_training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def with_none(values: Any) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from micro.analysis.batches import CHUNK_BYTES
+from micro.analysis.modes import evaluating
 from micro.errors import choices
 from micro.modeling.cache import MiCRoCache, MiCRoCacheLayer
 from micro.modeling.config import MiCRoConfig
@@ -125,7 +126,6 @@ class CandidateScorer:
         ]
 
     # ------------------------------------------------------------------ ids
-    @torch.no_grad()
     def score_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """Scores of (prompt ids, candidate ids) in their order; equal pairs are computed once.
 
@@ -136,9 +136,7 @@ class CandidateScorer:
         self._check(wanted)
         found: dict[tuple[Ids, Ids], Score] = {}
         work = _batches(wanted, self.max_tokens)
-        was_training = self.model.training
-        self.model.train(False)
-        try:
+        with evaluating(self.model):
             shared = _Shared(self.model, self._prompt_controls)
             told = self.progress if isinstance(self.progress, str) else "candidates"
             shown = None if self.progress else False
@@ -146,8 +144,6 @@ class CandidateScorer:
                 for batch in work:
                     found.update(self._score_batch(batch, shared))
                     bar.advance(sum(len(some) for _, some in batch))
-        finally:
-            self.model.train(was_training)
         return [found[pair] for pair in wanted]
 
     def _check(self, pairs: Sequence[tuple[Ids, Ids]]) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from micro.analysis.ablations.replayed_routes import RecordedRoutes, record_routes, replayed_routes
 from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
 from micro.analysis.groups import Groups
+from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, ratio
 from micro.analysis.suites import ManySuite, Suite, Traits, traits
 from micro.modeling.controls import ExpertNames
@@ -217,19 +217,6 @@ class ScoreStore:
                 "scores cannot be kept on disk; give it one, or keep no folder"
             )
         return str(fingerprint) if fingerprint is not None else self._identity(suite)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode, and back as it was."""
-    was_training = bool(getattr(model, "training", False))
-    if was_training:
-        model.train(False)
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train(True)
 
 
 def score(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from micro.analysis.alignment.ridge import matrix
 from micro.analysis.batches import batches
+from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array
 from micro.progress import track
 
@@ -112,7 +113,6 @@ def matched_masks(mask: ArrayLike, count: int, *, seed: int = 0) -> list[NDArray
     return out
 
 
-@torch.no_grad()
 def pooled_activations(
     model: MiCRoForCausalLM,
     tokenizer: Any,
@@ -171,12 +171,9 @@ def pooled_activations(
     sums = torch.zeros(len(indices), len(ids), len(texts), width(config, point), dtype=torch.float64)
     chosen = None if names == [None] else [str(e) for e in names]
     every = tokens == "all" and chosen is not None
-    was_training = model.training
-    model.train(False)
-    try:
-        for numbers, batch in track(
-            list(batches(rows, tokenizer, max_tokens=max_tokens)), "features", unit="batches", enabled=progress
-        ):
+    work = list(batches(rows, tokenizer, max_tokens=max_tokens))
+    with evaluating(model):
+        for numbers, batch in track(work, "features", unit="batches", enabled=progress):
             with model.intervene(iv.read(point, layers=indices, experts=chosen, name="out"), all_experts=every) as run:
                 model.model(
                     input_ids=batch["input_ids"].to(model.device),
@@ -185,8 +182,6 @@ def pooled_activations(
                     **(controls or {}),
                 )
             _pool(sums, run.reading("out"), numbers, batch["attention_mask"], indices, ids, pooling)
-    finally:
-        model.train(was_training)
     return Pooled(sums.numpy(), indices, names, name)
 
 

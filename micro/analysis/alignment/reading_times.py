@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from micro.analysis.alignment.result import ReadingTimesResult
 from micro.analysis.alignment.ridge import Rows, contiguous_folds
 from micro.analysis.batches import batches, token_losses
+from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, interval, permutation_p
 from micro.errors import require
 from micro.progress import track
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 COLUMNS = ("sentence", "word", "time")
 
 
-@torch.no_grad()
 def word_surprisal(
     model: MiCRoForCausalLM,
     tokenizer: Any,
@@ -65,18 +64,14 @@ def word_surprisal(
         ids = list(encoded["input_ids"])
         owners.append(_owners(words, encoded["offset_mapping"]))
         rows.append((i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}))
-    was_training = model.training
-    model.train(False)
-    try:
-        work = list(batches(rows, tokenizer, max_tokens=max_tokens))
+    work = list(batches(rows, tokenizer, max_tokens=max_tokens))
+    with evaluating(model):
         for numbers, batch in track(work, "surprisal", unit="batches", enabled=progress):
             losses = token_losses(model, batch, **(controls or {})).double().numpy()
             for row, i in enumerate(numbers):
                 for slot, word in enumerate(owners[i]):
                     if word is not None:
                         out[i][word] += losses[row, slot - 1] if slot else np.nan
-    finally:
-        model.train(was_training)
     return out
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from micro import interventions as iv
 from micro.analysis.batches import IGNORED, batches, encoded, shifted
-from micro.analysis.inputs import evaluating
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.interventions.points import axis
 from micro.modeling.losses import language_loss

@@ -18,7 +18,7 @@ from torch import Tensor
 from micro import interventions as iv
 from micro.analysis.circuits.components import Component, Level, components
 from micro.analysis.circuits.prompts import EncodedPair, PromptPair, encode_pair
-from micro.analysis.inputs import evaluating
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import interval
 from micro.interventions.points import Point

@@ -11,7 +11,7 @@ import torch
 
 from micro import interventions as iv
 from micro.analysis.circuits.components import Component, Level, components
-from micro.analysis.inputs import evaluating
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, ratio
 from micro.interventions.points import Point

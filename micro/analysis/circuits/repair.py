@@ -19,7 +19,7 @@ from torch import Tensor
 from micro import interventions as iv
 from micro.analysis.circuits.patching import same_routes
 from micro.analysis.circuits.prompts import Text, one_token, token_ids
-from micro.analysis.inputs import evaluating
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import interval
 from micro.progress import track

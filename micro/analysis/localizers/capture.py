@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from micro.analysis.localizers.stimuli import POOLINGS
+from micro.analysis.modes import evaluating
 from micro.errors import choices
 from micro.progress import track
 
@@ -56,6 +57,7 @@ class Capture:
         point: Any = self.unit
         return int(config.num_hidden_layers), axis(config, point), width(config, point)
 
+    @torch.no_grad()
     def pooled(
         self, model: MiCRoForCausalLM, rows: Sequence[Sequence[int]], what: str = "localizer"
     ) -> Iterator[tuple[list[int], Tensor]]:
@@ -67,15 +69,10 @@ class Capture:
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         read_per_token = shape[0] * shape[1] * shape[2] * dtype.itemsize
         work = list(_batches(rows, max(1, self.max_bytes // read_per_token)))
-        was_training = model.training
-        model.train(False)
-        try:
+        with evaluating(model):
             for indices in track(work, what, unit="batches", enabled=self.progress):
                 yield indices, self._batch(model, [rows[i] for i in indices], shape, dtype)
-        finally:
-            model.train(was_training)
 
-    @torch.no_grad()
     def _batch(
         self, model: MiCRoForCausalLM, rows: Sequence[Sequence[int]], shape: tuple[int, int, int], dtype: torch.dtype
     ) -> Tensor:

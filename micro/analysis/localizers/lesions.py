@@ -12,6 +12,7 @@ from torch import Tensor
 from micro.analysis.batches import IGNORED, batches, shifted, token_losses
 from micro.analysis.localizers.result import LesionResult, LocalizerResult
 from micro.analysis.localizers.statistics import Mask
+from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, bootstrap, permutation_p, ratio
 from micro.analysis.suites import NATS, LossSuite, Suite, traits
 from micro.progress import track
@@ -153,16 +154,12 @@ def lesion(
         raise ValueError(f"lesion: draws must be at least 1, got {draws}")
     suite = _suite(data, tokenizer, list(model.config.expert_names or ()))
     masks = [mask, *random_masks(mask, draws, matched=matched, seed=seed)]
-    was_training = model.training
-    model.train(False)
-    try:
+    with evaluating(model):
         base = suite.score(model, dict(controls or {}))
         scores = []
         for silenced in track(masks, "lesion", unit="masks", enabled=progress):
             with model.intervene(silence(model, unit, silenced)):
                 scores.append(suite.score(model, dict(controls or {}))[0])
-    finally:
-        model.train(was_training)
     result = _summary(suite, base, np.stack(scores), seed=seed, model=model)
     result.selected, result.units, result.unit = int(mask.sum()), mask.size, unit
     result.settings |= {"matched": matched, "draws": draws, "seed": seed, "bootstrap_draws": 2000}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from micro.analysis.batches import IGNORED, batches, encoded, shifted
+from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array
 from micro.progress import track
 
@@ -199,9 +200,7 @@ def traces(
 ) -> Iterator[tuple[list[int], dict[str, Tensor], RoutingTrace, Tensor]]:
     """(sample indices, batch, trace, bool [B,S] of counted slots) of every batch, teacher-forced, in eval mode."""
     work = list(batches(samples.rows, tokenizer, max_tokens=max_tokens))
-    was_training = model.training
-    model.train(False)
-    try:
+    with evaluating(model):
         for indices, batch in track(work, description, unit="batches", enabled=progress):
             trace = model.model(
                 input_ids=batch["input_ids"].to(model.device),
@@ -211,8 +210,6 @@ def traces(
                 **(controls or {}),
             ).routing
             yield indices, batch, trace, samples.counted(indices, batch)
-    finally:
-        model.train(was_training)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from micro.analysis.batches import batches
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.routes.passes import Samples, SentenceTokens, plain, sentence_samples
 from micro.analysis.statistics import Array, hierarchical_bootstrap
@@ -86,7 +87,6 @@ class SimilarityReport(Result):
         return similarity_figure(self)
 
 
-@torch.no_grad()
 def similarity(
     model: MiCRoForCausalLM,
     tokenizer: Any,
@@ -131,14 +131,10 @@ def similarity(
     experts = list(model.config.expert_names or ())
     work = list(batches(samples.rows, tokenizer, max_tokens=max_tokens))
     means = np.zeros((len(experts), model.config.num_hidden_layers, len(sentences), model.config.hidden_size))
-    was_training = model.training
-    model.train(False)
-    try:
+    with evaluating(model):
         for indices, batch in track(work, "similarity", unit="batches", enabled=progress):
             for e in range(len(experts)):
                 means[e][:, indices] = _mean_directions(model, batch, indices, samples, e, dict(controls or {}))
-    finally:
-        model.train(was_training)
     counted = sum(last - first for first, last in samples.spans.values())
     settings = {"tokens": tokens, "chat": chat, "interval": "95 % bootstrap over sentences", "bootstrap_draws": draws}
     return _report(means, experts, counted, settings | {"seed": seed}, draws, seed)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micro.analysis.batches import IGNORED
+from micro.analysis.modes import evaluating
 from micro.data.previews import token_texts
 from micro.experts import default_names
 from micro.report.tokens import TokenView
@@ -26,7 +27,6 @@ def trace_view(title: str, tokenizer: Any, ids: list[int], trace: Any, *, row: i
     return TokenView(title, token_texts(ids[:slots], tokenizer), probs, names, prompt_length=prompt)
 
 
-@torch.no_grad()
 def record_view(model: MiCRoForCausalLM, tokenizer: Any, record: Record, title: str = "", **controls: Any) -> TokenView:
     """Teacher-forced routing of one labelled record, with its labels.
 
@@ -45,13 +45,13 @@ def record_view(model: MiCRoForCausalLM, tokenizer: Any, record: Record, title: 
     return view
 
 
-@torch.no_grad()
 def text_view(
     model: MiCRoForCausalLM, tokenizer: Any, ids: list[int] | Tensor, title: str, **controls: Any
 ) -> TokenView:
     """Teacher-forced routing of given token ids."""
     tensor = torch.as_tensor(ids).reshape(1, -1)
-    trace = model.model(input_ids=tensor.to(model.device), use_cache=False, output_routing=True, **controls).routing
+    with evaluating(model):
+        trace = model.model(input_ids=tensor.to(model.device), use_cache=False, output_routing=True, **controls).routing
     view = trace_view(title, tokenizer, tensor[0].tolist(), trace)
     view.experts = list(model.config.expert_names or view.experts)
     return view

@@ -10,7 +10,8 @@ import torch
 
 from micro.analysis.ablations.scores import ScoreStore
 from micro.analysis.batches import token_losses
-from micro.analysis.inputs import counted, evaluating, with_none
+from micro.analysis.inputs import counted, with_none
+from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, bootstrap
 from micro.analysis.steering.matrix import mean_change
 from micro.analysis.suites import LossSuite

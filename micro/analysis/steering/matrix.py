@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from micro.analysis.ablations.scores import GROUP, ScoreStore
-from micro.analysis.inputs import evaluating
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
 from micro.analysis.suites import SHARE, ManySuite, Suite, Traits, traits

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from micro.analysis.ablations.scores import ScoreStore
 from micro.analysis.batches import batches
-from micro.analysis.inputs import Row, counted, evaluating, input_rows
+from micro.analysis.inputs import Row, counted, input_rows
+from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p, ratio
 from micro.analysis.steering.matrix import mean_change, scored, sign_flips, unit_of_changes

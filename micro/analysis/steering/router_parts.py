@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from micro import interventions as iv
-from micro.analysis.inputs import evaluating
+from micro.analysis.modes import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor

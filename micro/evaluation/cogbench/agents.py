@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from micro.analysis.fingerprints import model_fingerprint, open_session, plain
+from micro.analysis.modes import evaluating
 from micro.evaluation.cogbench.experiment import Query
 from micro.evaluation.cogbench.step_by_step import Reasoned
 from micro.modeling.controls import ACTIVE, Phases
@@ -157,21 +158,16 @@ class ModelAgent:
         padding = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
         ids = torch.tensor([[padding] * (width - len(row)) + row for row in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=self.model.device)
-        was_training = self.model.training
-        self.model.train(False)
-        try:
-            with torch.no_grad():
-                out = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=length,
-                    do_sample=False,
-                    pad_token_id=padding,
-                    **({} if ended is None else {"stopping_criteria": [_criterion(ended, width, len(prompts))]}),
-                    **self.controls,
-                )
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model):
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=length,
+                do_sample=False,
+                pad_token_id=padding,
+                **({} if ended is None else {"stopping_criteria": [_criterion(ended, width, len(prompts))]}),
+                **self.controls,
+            )
         rows: list[list[int]] = out[:, width:].tolist()
         return rows
 
