@@ -32,7 +32,7 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """A control as JSON types; tensors by their content.
 
     Raises:
@@ -42,13 +42,13 @@ def plain(value: Any) -> Any:
         bytes_ = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(bytes_).hexdigest()]
     if isinstance(value, Phases):
-        return ["phases", plain(value.prompt), plain(value.answer)]
+        return ["phases", comparable(value.prompt), comparable(value.answer)]
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(key): comparable(inner) for key, inner in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(plain(inner) for inner in value)
+        return sorted(comparable(inner) for inner in value)
     if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
+        return [comparable(inner) for inner in value]
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     raise TypeError(

@@ -1,11 +1,9 @@
-"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, and numbers that JSON can hold."""
+"""Texts or labelled records as rows for :func:`micro.analysis.batches.batches`, and the slots of them that count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from micro.analysis.batches import IGNORED, encoded, shifted
 
@@ -49,9 +47,3 @@ def counted(batch: dict[str, Tensor], positions: str) -> Tensor:
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
     return shifted(batch["labels"]) != IGNORED if positions == "predicting" else batch["attention_mask"].bool()
-
-
-def with_none(values: Any) -> Any:
-    """Nested lists of an array; NaN, which JSON does not know, becomes None."""
-    array = np.asarray(values, dtype=np.float64)
-    return np.where(np.isnan(array), None, array).tolist()  # type: ignore[call-overload]

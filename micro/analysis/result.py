@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
 
 from micro.files import write_text
 
@@ -15,10 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def plain(value: Any) -> Any:
+    """Numbers, arrays and (nested) lists of them as JSON types; NaN, which JSON does not know, becomes None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 class Result(ABC):
     """Base of all reports. A subclass is a dataclass that names itself, holds JSON types only, and draws itself."""
 
     name: ClassVar[str]
+    settings: dict[str, Any]  # how the numbers were made; commands add what they were called with
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers and settings, as JSON types."""

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from micro.analysis.ablations.replayed_routes import RecordedRoutes, record_routes, replayed_routes
-from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
+from micro.analysis.fingerprints import comparable, model_fingerprint, open_session, steering_contexts
 from micro.analysis.groups import Groups
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, ratio
@@ -164,7 +164,7 @@ class ScoreStore:
 
     def key(self, about: list[str], controls: Mapping[str, Any], routes: Routes) -> str:
         """Of everything that decides the scores."""
-        content = json.dumps([about, plain(controls), routes], sort_keys=True)
+        content = json.dumps([about, comparable(controls), routes], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def get(self, key: str) -> tuple[Array, Array] | None:
@@ -206,7 +206,7 @@ class ScoreStore:
                 "scores are kept on disk by what the model is, and model.intervene changes what it does: close the "
                 "block, or keep no folder"
             )
-        around = [plain(steering_contexts()), None if session is None else self._identity(session)]
+        around = [comparable(steering_contexts()), None if session is None else self._identity(session)]
         return f"{own} {json.dumps(around)}"
 
     def _suite(self, suite: Suite) -> str:

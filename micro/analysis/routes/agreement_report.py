@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micro.analysis.result import Result
+from micro.analysis.result import Result, plain
 from micro.analysis.routes.counting import counted_layers, entropy
 from micro.analysis.routes.passes import (
     MAX_SAMPLES,
@@ -20,7 +20,6 @@ from micro.analysis.routes.passes import (
     Positions,
     Samples,
     drawn_samples,
-    plain,
     traces,
 )
 from micro.analysis.statistics import Array, hierarchical_bootstrap, interval, ratio

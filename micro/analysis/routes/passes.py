@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -299,12 +298,3 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor | None:
     if "routing_labels" not in batch:
         return None
     return torch.where(batch["labels"] != IGNORED, batch["routing_labels"], -1)
-
-
-def plain(value: Any) -> Any:
-    """NumPy values as JSON types, NaN as None."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

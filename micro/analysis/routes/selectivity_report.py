@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from micro.analysis.result import Result
+from micro.analysis.result import Result, plain
 from micro.analysis.routes.counting import counted_layers
-from micro.analysis.routes.passes import SampleCounts, SentenceTokens, plain, sentence_samples, traces
+from micro.analysis.routes.passes import SampleCounts, SentenceTokens, sentence_samples, traces
 from micro.analysis.statistics import Array, hierarchical_bootstrap, holm, permutation_p, ratio
 from micro.errors import require
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from micro.analysis.batches import batches
 from micro.analysis.modes import evaluating
-from micro.analysis.result import Result
-from micro.analysis.routes.passes import Samples, SentenceTokens, plain, sentence_samples
+from micro.analysis.result import Result, plain
+from micro.analysis.routes.passes import Samples, SentenceTokens, sentence_samples
 from micro.analysis.statistics import Array, hierarchical_bootstrap
 from micro.files import write_text
 from micro.progress import track

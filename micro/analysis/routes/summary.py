@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from micro.analysis.result import plain
 from micro.analysis.routes.counting import counted_layers, entropy
-from micro.analysis.routes.passes import SampleCounts, plain
+from micro.analysis.routes.passes import SampleCounts
 from micro.analysis.statistics import Array, hierarchical_bootstrap, ratio
 
 MOST_RELABELLINGS = 720

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from micro.analysis.batches import batches
-from micro.analysis.inputs import counted, input_rows, with_none
-from micro.analysis.result import Result
+from micro.analysis.inputs import counted, input_rows
+from micro.analysis.result import Result, plain
 from micro.analysis.statistics import Array, benjamini_hochberg, permutation_p
 from micro.analysis.steering.router_parts import KINDS, RouterSplit, Splitter
 from micro.progress import track
@@ -209,11 +209,11 @@ def _report(
         largest_logit=float(split.logits.abs().max()),
         influence=influence.tolist(),
         share=share.tolist(),
-        share_random=with_none(null.mean(0)),
-        share_random_high=with_none(null.max(0)),
-        entanglement=with_none(effect),
-        entanglement_p=with_none(p),
-        entanglement_q=with_none(benjamini_hochberg(p)),
+        share_random=plain(null.mean(0)),
+        share_random_high=plain(null.max(0)),
+        entanglement=plain(effect),
+        entanglement_p=plain(p),
+        entanglement_q=plain(benjamini_hochberg(p)),
         rate=rate.tolist(),
         settings=settings,
     )

@@ -10,8 +10,9 @@ import torch
 
 from micro.analysis.ablations.scores import ScoreStore
 from micro.analysis.batches import token_losses
-from micro.analysis.inputs import counted, with_none
+from micro.analysis.inputs import counted
 from micro.analysis.modes import evaluating
+from micro.analysis.result import plain
 from micro.analysis.statistics import Array, bootstrap
 from micro.analysis.steering.matrix import mean_change
 from micro.analysis.suites import LossSuite
@@ -84,8 +85,8 @@ def bias_curves(
                 "expert": name, "values": [float(b) for b in values], "domains": suite.names,
                 "layers": None if layers is None else list(layers),
                 "probability": [float(one[2][e]) for one in some], "usage": [float(one[3][e]) for one in some],
-                "change": with_none(change(np.ones(len(records)))),
-                "interval": with_none(np.stack([low, high], -1)),
+                "change": plain(change(np.ones(len(records)))),
+                "interval": plain(np.stack([low, high], -1)),
             }
         )  # fmt: skip
     return out

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from micro.analysis.fingerprints import model_fingerprint, open_session, plain
+from micro.analysis.fingerprints import comparable, model_fingerprint, open_session
 from micro.analysis.modes import evaluating
 from micro.evaluation.cogbench.experiment import Query
 from micro.evaluation.cogbench.step_by_step import Reasoned
@@ -261,4 +261,4 @@ def _fingerprint(model: Any, controls: Mapping[str, Any]) -> str:
 def _plain(controls: Mapping[str, Any]) -> Any:
     """Controls as JSON types, tensors by their content; TypeError for what cannot be compared between runs."""
     phases = {name: {"phases": vars(value)} for name, value in controls.items() if isinstance(value, Phases)}
-    return plain({**controls, **phases})
+    return comparable({**controls, **phases})

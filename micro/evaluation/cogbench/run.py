@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from micro.analysis.fingerprints import plain, steering_contexts
+from micro.analysis.fingerprints import comparable, steering_contexts
 from micro.analysis.statistics import Array
 from micro.errors import require
 from micro.evaluation.cogbench.agents import Agent, ModelAgent, RandomAgent
@@ -324,7 +324,7 @@ def _around(folder: Path | None) -> dict[str, Any]:
     """The blocks of ``micro.steering`` that are open around a run, if any."""
     if not (blocks := steering_contexts()):
         return {}
-    return {"steering": [[name, str(value)] for name, value in blocks] if folder is None else plain(blocks)}
+    return {"steering": [[name, str(value)] for name, value in blocks] if folder is None else comparable(blocks)}
 
 
 def _baseline_name(baseline: str | None, preset: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from micro.analysis.ablations.scores import expert_names
-from micro.analysis.fingerprints import model_fingerprint, open_session, plain, steering_contexts
+from micro.analysis.fingerprints import comparable, model_fingerprint, open_session, steering_contexts
 from micro.analysis.statistics import Array, bootstrap, ratio
 from micro.errors import MissingExtraError, choices
 from micro.evaluation.candidates import split_controls
@@ -219,7 +219,7 @@ class _Kept:
         shown = told if progress else False
         if self.folder is None:
             return suite.outcomes(self.model, controls, progress=shown)
-        key = [self._model, suite.fingerprint, plain(controls), plain(steering_contexts())]
+        key = [self._model, suite.fingerprint, comparable(controls), comparable(steering_contexts())]
         path = self.folder / f"{suite.task}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
         if path.is_file():
             content: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["outcomes"]

@@ -254,16 +254,16 @@ def test_a_foreign_file_among_the_scores_is_named(tmp_path):
 
 
 def test_controls_are_compared_by_content():
-    from micro.analysis.fingerprints import plain
+    from micro.analysis.fingerprints import comparable
 
     def bias(x):
         return {"bias": torch.tensor(x)}
 
-    assert plain(bias(1.0)) == plain(bias(1.0)) != plain(bias(1.0 + 1e-7))
+    assert comparable(bias(1.0)) == comparable(bias(1.0)) != comparable(bias(1.0 + 1e-7))
     phases = micro.steering.Phases(prompt="logic", answer="social")
-    assert plain({"force": phases}) != plain({"force": micro.steering.Phases(prompt="logic", answer="world")})
+    assert comparable({"force": phases}) != comparable({"force": micro.steering.Phases(prompt="logic", answer="world")})
     with pytest.raises(TypeError, match="cannot be compared between runs"):
-        plain({"bias": lambda row, step: 0})
+        comparable({"bias": lambda row, step: 0})
 
 
 def test_what_is_open_around_a_model_is_part_of_the_key(tmp_path):
