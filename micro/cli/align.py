@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from micro.cli.analysis_common import expert_set, load_model, save_figure
+from micro.cli.analysis_common import expert_set, finish, load_model
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Alignment with brains and readers: responses, reading-times."
@@ -78,13 +78,8 @@ def responses(
     result = align(
         sets, measured, controls=controls, folds=folds, permutations=permutations, draws=draws, seed=seed, progress=True
     )
-    result.settings |= {
-        "model": str(folder),
-        "texts": str(texts),
-        **options,
-        "mask": mask and str(mask),
-    }
-    _finish(result, output, json)
+    about = {"model": str(folder), "texts": str(texts), **options, "mask": mask and str(mask)}
+    finish(result, output, about, as_json=json)
 
 
 @app.command("reading-times")
@@ -122,20 +117,7 @@ def reading_times_command(
     result = reading_times(
         frame, surprisals, spillover=spillover, log_time=log_time, permutations=permutations, seed=seed
     )
-    result.settings |= {"model": str(folder), "table": str(table)}
-    _finish(result, output, json)
-
-
-def _finish(result: Any, output: Path, as_json: bool) -> None:
-    result.save(output)
-    save_figure(result.plot(), output / result.name)
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(result.to_dict()))
-        return
-    typer.echo(str(result))
-    typer.echo(f"written: {output}/{result.name}.json, .csv, .png, .svg")
+    finish(result, output, {"model": str(folder), "table": str(table)}, as_json=json)
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,9 +1,18 @@
-"""What the analysis commands share: a model with its tokenizer, and the records or texts to run on."""
+"""What the analysis commands share: their model, the records or texts to run on, and how they end."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from micro.analysis.result import Result
 
 
 def load_model(folder: Path) -> tuple[Any, Any]:
@@ -42,7 +51,51 @@ def expert_set(value: str | None) -> list[str] | None:
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def finish(
+    results: Result | Sequence[Result],
+    output: Path,
+    about: Mapping[str, Any] | None = None,
+    *,
+    as_json: bool = False,
+    note: str = "",
+    beside: str = "",
+) -> None:
+    """How an analysis command ends: files and figures of its results, their tables, and where all of it stands.
+
+    Args:
+        results: one, printed as its own JSON; or several, printed as an object of them by name.
+        output: the folder.
+        about: what the command was called with, for the settings of each result.
+        as_json: print JSON and nothing else.
+        note: a line behind the tables.
+        beside: what else was written.
+    """
+    several = results if isinstance(results, Sequence) else [results]
+    for result in several:
+        save_result(result, output, about)
+    if as_json:
+        by_name = {result.name: result.to_dict() for result in several}
+        typer.echo(json.dumps(by_name if isinstance(results, Sequence) else by_name[results.name]))
+        return
+    for result in several:
+        typer.echo(str(result))
+    if note:
+        typer.echo(note)
+    names = " and ".join(f"{result.name}.json, .csv, .png, .svg" for result in several)
+    typer.echo(f"written: {output}/{names}" + (f"; {beside}" if beside else ""))
+
+
+def save_result(
+    result: Result, output: Path, about: Mapping[str, Any] | None = None, figures: Mapping[str, Figure] | None = None
+) -> None:
+    """Save a result and its figures, which are file names -> figures; by default the one that it draws itself."""
+    result.settings |= about or {}
+    result.save(output)
+    for name, figure in ({result.name: result.plot()} if figures is None else figures).items():
+        save_figure(figure, output / name)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
     """PNG and SVG of a figure beside the numbers."""
     for suffix in (".png", ".svg"):
         beside = path.with_name(f".{path.name}{suffix}.part")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json as format_json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from micro.cli.analysis_common import load_model, read_inputs, save_figure
-
-if TYPE_CHECKING:
-    from micro.analysis.result import Result
+from micro.cli.analysis_common import finish, load_model, read_inputs
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Patch, remove and gate parts of a model; measure self-repair."
@@ -48,7 +45,8 @@ def patch(
     model, tokenizer = load_model(folder)
     given: Any = {"point": point, "level": level, "routes": routes}
     prompts = [PromptPair(**row) for row in rows]
-    _finish(patching(model, tokenizer, prompts, top=top, progress=True, **given), output, folder, pairs, json)
+    result = patching(model, tokenizer, prompts, top=top, progress=True, **given)
+    finish(result, output, {"model": str(folder), "data": str(pairs)}, as_json=json)
 
 
 @app.command()
@@ -71,7 +69,8 @@ def remove(
     suite = LossSuite(records, tokenizer, names=model.config.expert_names)
     given: Any = {"point": point, "level": level, "how": how}
     reference = None if how == "zero" else _reference(records, tokenizer)
-    _finish(removal(model, suite, reference=reference, progress=True, **given), output, folder, data, json)
+    result = removal(model, suite, reference=reference, progress=True, **given)
+    finish(result, output, {"model": str(folder), "data": str(data)}, as_json=json)
 
 
 @app.command()
@@ -91,7 +90,7 @@ def gate(
     records = read_inputs(data, [], limit)
     model, tokenizer = load_model(folder)
     result = head_gating(model, tokenizer, records, strength=strength, steps=steps, seeds=range(seeds), progress=True)
-    _finish(result, output, folder, data, json)
+    finish(result, output, {"model": str(folder), "data": str(data)}, as_json=json)
 
 
 @app.command()
@@ -107,7 +106,8 @@ def repair(
     rows = _lines(prompts, ("prompt", "answer"))
     model, tokenizer = load_model(folder)
     given = [(row["prompt"], row["answer"]) for row in rows]
-    _finish(self_repair(model, tokenizer, given, progress=True), output, folder, prompts, json)
+    result = self_repair(model, tokenizer, given, progress=True)
+    finish(result, output, {"model": str(folder), "data": str(prompts)}, as_json=json)
 
 
 def _lines(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -140,15 +140,3 @@ def _reference(records: list[Any], tokenizer: Any) -> Any:
         raise ValueError("none of the records could be encoded")
     shortest = min(map(len, rows))
     return torch.tensor([row[:shortest] for row in rows])
-
-
-def _finish(result: Result, output: Path, folder: Path, source: Path, as_json: bool) -> None:
-    settings: dict[str, Any] = result.settings  # type: ignore[attr-defined]
-    settings.update(model=str(folder), data=str(source))
-    result.save(output)
-    save_figure(result.plot(), output / result.name)
-    typer.echo(
-        format_json.dumps(result.to_dict())
-        if as_json
-        else f"{result}\nwritten: {output}/{result.name}.json, .csv, .png, .svg"
-    )

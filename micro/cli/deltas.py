@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as format_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from micro.cli.analysis_common import expert_set, save_figure
+from micro.cli.analysis_common import expert_set, finish
 
 if TYPE_CHECKING:
     from micro.deltas import Merged
@@ -56,14 +55,7 @@ def compare(
     reports: list[Any] = [md.compare(source, **chosen)]
     if interference:
         reports.append(md.interference(source, rank=rank, seed=seed, **chosen))
-    for report in reports:
-        _keep(report, output)
-    if json:
-        typer.echo(format_json.dumps({report.name: report.to_dict() for report in reports}))
-        return
-    for report in reports:
-        typer.echo(f"{report}")
-    typer.echo(f"written: {output}/ ({', '.join(report.name for report in reports)}: .json, .csv, .png, .svg)")
+    finish(reports, output, as_json=json)
 
 
 @app.command()
@@ -162,12 +154,8 @@ def compress(
         raise ValueError("--compact writes a folder; name it")
     low = md.LowRank(md.ExpertDeltas(folder, base), fraction=fraction, rank=rank)
     report = low.report(progress=True)
-    _keep(report, output)
-    if json:
-        typer.echo(format_json.dumps(report.to_dict()))
-    else:
-        typer.echo(f"{report}\nweights of base and factors: {report.size:.2f} times one dense model's matrices")
-        typer.echo(f"written: {output}/{report.name}.json, .csv, .png, .svg")
+    size = f"weights of base and factors: {report.size:.2f} times one dense model's matrices"
+    finish(report, output, as_json=json, note=size)
     if out is not None:
         if compact:
             path = md.save_compact(low, out, overwrite=overwrite, progress=True)
@@ -197,11 +185,6 @@ def _layers(text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers: {text!r} must be layer numbers with commas between them") from None
-
-
-def _keep(report: Any, output: Path) -> None:
-    report.save(output)
-    save_figure(report.plot(), output / report.name)
 
 
 def _write(merged: Merged, out: Path, into: str | None, overwrite: bool) -> None:

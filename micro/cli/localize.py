@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from micro.cli.analysis_common import load_model, read_inputs, save_figure
+from micro.cli.analysis_common import finish, load_model, read_inputs
 
 
 def localize(
@@ -79,23 +79,11 @@ def localize(
         seed=seed,
         progress=True,
     )
-    result.settings |= {"model": str(folder)}
     results: list[analysis.LocalizerResult | analysis.LesionResult] = [result]
     if texts:
         harm = analysis.lesion(
             model, tokenizer, texts, result, draws=lesion_masks, matched=matched, seed=seed, progress=True
         )
-        harm.settings |= {"model": str(folder), "data": str(lesion_data or "--lesion-text"), "localizer": stimuli.name}
+        harm.settings |= {"data": str(lesion_data or "--lesion-text"), "localizer": stimuli.name}
         results.append(harm)
-    for found in results:
-        found.save(out)
-        save_figure(found.plot(), out / found.name)
-    if json:
-        import json as format_json
-
-        typer.echo(format_json.dumps({found.name: found.to_dict() for found in results}))
-        return
-    for found in results:
-        typer.echo(str(found))
-    names = " and ".join(f"{found.name}.json, .csv, .png, .svg" for found in results)
-    typer.echo(f"written: {out}/{names}; the arrays are in localizer.npz")
+    finish(results, out, {"model": str(folder)}, as_json=json, beside="the arrays are in localizer.npz")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from micro.cli.analysis_common import expert_set, load_model, read_inputs, save_figure
+from micro.cli.analysis_common import expert_set, load_model, read_inputs, save_result
 
 SHOWN = 8  # texts drawn as coloured tokens
 SENTENCES = 200  # for the similarity of experts, as published
@@ -32,10 +32,8 @@ class _Run:
         """Save numbers and figures, and show both on the page. figures: file name -> (figure, caption)."""
         from micro.report import figure_html, table_html
 
-        result.settings |= settings
-        result.save(self.output)
-        for name, (figure, caption) in figures.items():
-            save_figure(figure, self.output / name)
+        save_result(result, self.output, settings, {name: figure for name, (figure, _) in figures.items()})
+        for figure, caption in figures.values():
             self.page.html(figure_html(figure, caption))
         self.page.html(table_html(result.table()))
         self.results.append(result)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as format_json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from micro.cli.analysis_common import load_model, read_inputs, save_figure
+from micro.cli.analysis_common import finish, load_model, read_inputs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,9 +64,8 @@ def matrix(
         report.outputs = steered_outputs(
             model, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, progress=True
         )  # fmt: skip
-    _finish(report, output, {"model": str(folder), "data": str(data)}, json)
-    for line in [] if json else report.outputs:
-        typer.echo("\n".join(f"{name}: {text}" for name, text in line.items()))
+    answers = "\n".join(f"{name}: {text}" for line in report.outputs for name, text in line.items())
+    finish(report, output, {"model": str(folder), "data": str(data)}, as_json=json, note=answers)
 
 
 @app.command()
@@ -110,7 +108,7 @@ def cells(
         store=ScoreStore(output / "scores"),
         progress=True,
     )
-    _finish(report, output, {"model": str(folder), "a": str(a), "b": str(b)}, json)
+    finish(report, output, {"model": str(folder), "a": str(a), "b": str(b)}, as_json=json)
 
 
 @app.command()
@@ -136,7 +134,8 @@ def router(
     report = attribution(
         model, tokenizer, inputs, positions=positions, shifts=shifts, token_limit=token_limit, seed=seed, progress=True
     )
-    _finish(report, output, {"model": str(folder), "data": str(data or "texts of the command line")}, json)
+    about = {"model": str(folder), "data": str(data or "texts of the command line")}
+    finish(report, output, about, as_json=json)
 
 
 def _inputs(path: Path, limit: int | None) -> list[Any]:
@@ -168,12 +167,3 @@ def _sets(values: list[str] | None) -> dict[str, list[str]] | None:
             raise ValueError(f"--set: {value!r} must be NAME=EXPERT,EXPERT with another NAME each time")
         found[name.strip()] = members
     return found
-
-
-def _finish(report: Any, output: Path, about: dict[str, str], as_json: bool) -> None:
-    report.settings |= about
-    report.save(output)
-    save_figure(report.plot(), output / report.name)
-    typer.echo(format_json.dumps(report.to_dict()) if as_json else str(report))
-    if not as_json:
-        typer.echo(f"written: {output}/{report.name}.json, .csv, .png, .svg")
