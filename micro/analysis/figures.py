@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from micro.errors import require
+from micro.experts import DISPLAY_ORDER, NAMES
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
     from micro.analysis.routes.report import RoutingReport
 
-GREY = "#5f6368"
+GREY, RED = "#5f6368", "#c5221f"
+NUMBERS_UP_TO = 8  # columns of a heat map that still has room for numbers
 
 
 def new_figure(width: float, height: float, columns: int = 1, *, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -43,6 +45,19 @@ def whole_numbers(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
+def depth_upward(ax: Axes, rows: int) -> None:
+    """Rows of a map from the bottom up: in every figure layer 0 lies at the bottom, as depth grows upward."""
+    ax.set_ylim(-0.5, rows - 0.5)
+
+
+def shown_order(names: Sequence[str]) -> list[int]:
+    """Indices of domains, tasks or sets in the order of all figures: those named like an expert in the experts' order,
+    then the rest as it stands.
+    """
+    rank = {NAMES[e]: place for place, e in enumerate(DISPLAY_ORDER)}
+    return sorted(range(len(names)), key=lambda i: rank.get(names[i], len(rank)))
+
+
 def usage_panel(ax: Axes, report: RoutingReport) -> None:
     """Stacked share of each expert in each layer."""
     usage = np.asarray(report.usage_by_layer)
@@ -61,7 +76,7 @@ def confusion_panel(ax: Axes, report: RoutingReport) -> None:
     order = display_order(report.experts)
     values = np.mean(report.confusion or [], axis=0)[np.ix_(order, order)]
     names = [report.experts[e] for e in order]
-    heat_map(ax, values, names, names, vmax=1.0, text="{:.2f}")
+    heat_map(ax, values, names, names)
     ax.set(xlabel="routed to", ylabel="label", title="Label and route, mean over layers")
 
 
@@ -71,21 +86,29 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    vmax: float,
-    text: str,
-    symmetric: bool = False,
+    limit: float = 1.0,
+    signed: bool = False,
+    starred: Any = None,
+    size: float = 9,
 ) -> None:
-    """Numbers on coloured cells, grey from 0 to ``vmax`` or, ``symmetric``, blue to red around 0."""
-    colours, low = ("RdBu_r", -vmax) if symmetric else ("Greys", 0.0)
-    ax.imshow(values, cmap=colours, vmin=low, vmax=vmax, aspect="auto")
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
+    """Numbers [rows,columns] as colours on one scale, grey from 0 to ``limit`` or, ``signed``, blue to red around 0;
+    written out for up to eight columns. NaN (or None) stays empty.
+
+    starred: bool [rows,columns], which numbers get a star; size: of letters.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    colours = "RdBu_r" if signed else "Greys"
+    ax.imshow(values, cmap=colours, vmin=-limit if signed else 0.0, vmax=limit, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns, fontsize=size)
+    ax.set_yticks(range(len(rows)), rows, fontsize=size)
     ax.spines[:].set_visible(False)
-    for r in range(len(rows)):
-        for c in range(len(columns)):
-            dark = abs(values[r][c]) > 0.6 * vmax
-            shown = text.format(values[r][c])
-            ax.text(c, r, shown, ha="center", va="center", fontsize=10, color="white" if dark else "black")
+    if len(columns) > NUMBERS_UP_TO:
+        return
+    for (r, c), value in np.ndenumerate(values):
+        dark = abs(value) > 0.6 * limit
+        shown = "" if np.isnan(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
+        shown += "*" if starred is not None and starred[r, c] else ""
+        ax.text(c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 
 def accuracy_panel(ax: Axes, reports: Mapping[str, RoutingReport]) -> None:
@@ -94,7 +117,7 @@ def accuracy_panel(ax: Axes, reports: Mapping[str, RoutingReport]) -> None:
         style = {"color": "black", "linewidth": 2} if i == 0 else {"color": GREY, "linestyle": "--"}
         ax.plot(report.accuracy_by_layer or [], label=name, marker="o", markersize=3, **style)
     chance = 1 / len(next(iter(reports.values())).experts)
-    ax.axhline(chance, color="#c5221f", linewidth=1, label="chance")
+    ax.axhline(chance, color=RED, linewidth=1, label="chance")
     ax.set(
         xlabel="layer", ylabel="routing accuracy", ylim=(0, 1), title="Routing accuracy per layer, held-out templates"
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, heat_map, new_figure, whole_numbers
+from micro.analysis.figures import GREY, RED, heat_map, new_figure, whole_numbers
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def deltas_figure(report: DeltaReport) -> Figure:
     _cosine_panel(axes[1], report, layers, order)
     names = [report.experts[e] for e in order]
     values = np.asarray(report.overall["cosine"])[np.ix_(order, order)]
-    heat_map(axes[2], values, names, names, vmax=1.0, text="{:+.2f}", symmetric=True)
+    heat_map(axes[2], values, names, names, signed=True)
     axes[2].set(title="Cosine of deltas, all weights")
     return figure
 
@@ -43,7 +43,7 @@ def _cosine_panel(ax: Axes, report: DeltaReport, layers: list[dict[str, Any]], o
         label = f"{report.experts[i]}, {report.experts[j]}"
         style: dict[str, Any] = {"color": "black" if n % 2 else GREY, "linestyle": styles[n % len(styles)]}
         ax.plot([r["layer"] for r in layers], [r["cosine"][i][j] for r in layers], linewidth=1.3, label=label, **style)
-    ax.axhline(report.unrelated_cosine, color="#c5221f", linewidth=1, label="unrelated")
+    ax.axhline(report.unrelated_cosine, color=RED, linewidth=1, label="unrelated")
     ax.set(xlabel="layer", ylabel="cosine", title="Cosine of deltas per layer")
     whole_numbers(ax.xaxis)
     if len(pairs) <= 6:

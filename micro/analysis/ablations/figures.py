@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, new_figure
+from micro.analysis.figures import GREY, RED, depth_upward, new_figure
 from micro.analysis.suites import SHARE
 from micro.experts import DISPLAY_ORDER, NAMES
 from micro.report.palette import display_order, expert_colours
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from micro.analysis.ablations.report import AblationReport
     from micro.analysis.ablations.shapley_report import ShapleyReport
 
-RED = "#c5221f"
 FOUND = 0.05  # q of a marked cell
 PER_LINE, WIDEST = 4, 15.0  # panels side by side; inches
 
@@ -113,7 +112,8 @@ def cells_figure(report: CellReport) -> Figure:
         sign = -1.0 if report.higher_is_better[r] else 1.0
         harm = sign * np.asarray(report.rise[r])[:, order]
         largest = max(float(np.abs(harm).max()), 1e-12)
-        image = ax.imshow(harm, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", origin="lower")
+        image = ax.imshow(harm, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+        depth_upward(ax, layers)
         found = np.argwhere(np.asarray(report.q[r])[:, order] <= FOUND)
         ax.plot(found[:, 1], found[:, 0], linestyle="", marker="o", markersize=3, color="black")
         ax.set_xticks(range(len(order)), [report.experts[e] for e in order], rotation=30, ha="right")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, whole_numbers
+from micro.analysis.figures import GREY, RED, heat_map, new_figure, whole_numbers
 from micro.experts import NAMES
 from micro.report.palette import display_order, expert_colours
 
@@ -21,8 +21,6 @@ STYLES = ("-", "--", ":", "-.")
 
 def alignment_figure(result: AlignmentResult) -> Figure:
     """Scores over layers (or bars, where sets are no layers) and self-test; below, networks and contrasts."""
-    from micro.analysis.figures import new_figure
-
     by_layer = all(s["layer"] is not None for s in result.sets) and len({s["layer"] for s in result.sets}) > 1
     below = [panel for panel, rows in ((_networks, result.networks), (_contrasts, result.contrasts)) if rows]
     first = 4.2 if by_layer else max(3.4, 1.4 + 0.24 * len(result.sets))
@@ -85,8 +83,6 @@ def _ceiling(ax: Axes, result: AlignmentResult, *, vertical: bool) -> None:
 
 def _networks(ax: Axes, result: AlignmentResult) -> None:
     """Heat map: groups of sets by networks of voxels."""
-    from micro.analysis.figures import heat_map
-
     experts = {(row["model"], row["expert"]): row["group"] for row in result.networks}
     groups = [experts[line] for line in _ordered(list(experts), by_model=True)]
     networks = list(dict.fromkeys(row["network"] for row in result.networks))
@@ -94,7 +90,7 @@ def _networks(ax: Axes, result: AlignmentResult) -> None:
     for row in result.networks:
         values[groups.index(row["group"]), networks.index(row["network"])] = row["score"]
     bound = max(float(np.abs(values).max()), 1e-9)
-    heat_map(ax, values, groups, networks, vmax=bound, text="{:.2f}", symmetric=True)
+    heat_map(ax, values, groups, networks, limit=bound, signed=True)
     ax.set(title="Mean over layers, by network")
 
 
@@ -122,7 +118,7 @@ def _self_test(ax: Axes, result: AlignmentResult) -> None:
             [row["own"] for row in rows],
             s=26,
             marker=markers.get(metric, "o"),
-            facecolor=[("#188038" if row["rank"] == 1 else "#c5221f") for row in rows],
+            facecolor=[("#188038" if row["rank"] == 1 else RED) for row in rows],
             edgecolor="white",
             linewidth=0.5,
             label=f"{metric.replace('_', ' ')}: {first} of {len(rows)} first",
@@ -159,14 +155,12 @@ def _ordered(lines: list[tuple[str, str | None]], *, by_model: bool = False) -> 
 
 def reading_times_figure(result: ReadingTimesResult) -> Figure:
     """Held-out gain per word of each surprisal, with its interval and its null."""
-    from micro.analysis.figures import new_figure
-
     figure, axes = new_figure(6.4, 1.5 + 0.42 * len(result.models))
     ax = axes[0]
     for y, model in enumerate(result.models):
         ax.plot(model["interval"], [y, y], color="black", linewidth=1.4)
         ax.plot(model["gain_held_out"], y, "o", color="black")
-        ax.plot([model["null_95"]] * 2, [y - 0.3, y + 0.3], color="#c5221f", linewidth=1.4)
+        ax.plot([model["null_95"]] * 2, [y - 0.3, y + 0.3], color=RED, linewidth=1.4)
     ax.axvline(0, color=GREY, linewidth=1)
     ax.set_yticks(range(len(result.models)), [model["name"] for model in result.models])
     ax.set_ylim(len(result.models) - 0.5, -0.5)

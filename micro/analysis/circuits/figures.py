@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from micro.analysis.circuits.components import Component
-from micro.analysis.figures import GREY, new_figure, whole_numbers
+from micro.analysis.figures import GREY, depth_upward, new_figure, whole_numbers
 from micro.report.palette import display_order
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 def signed_map(ax: Axes, values: np.ndarray[Any, Any], xlabel: str, ylabel: str, limit: float | None = None) -> Any:
-    """A matrix in a diverging scale around 0; NaN stays grey."""
+    """A matrix in a diverging scale around 0, first row at the bottom; NaN stays grey."""
     finite = np.abs(values[np.isfinite(values)])
     limit = limit or float(finite.max() if finite.size else 1.0) or 1.0
     ax.set_facecolor("#e8eaed")
-    image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    depth_upward(ax, len(values))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     whole_numbers(ax.yaxis)
     return image
@@ -85,7 +86,8 @@ def gating_figure(result: GatingResult) -> Figure:
     figure, axes = new_figure(11, 3.6, 3, sharey=True)
     for ax, (name, values) in zip(axes, scores.items(), strict=True):
         flat = np.concatenate([values[:, e] for e in order], -1)
-        image = ax.imshow(flat, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+        image = ax.imshow(flat, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        depth_upward(ax, len(flat))
         ax.set(
             title=name, xlabel="heads of " + (", ".join(result.experts[e] for e in order) if len(order) > 1 else "all")
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, new_figure, whole_numbers
+from micro.analysis.figures import GREY, RED, depth_upward, heat_map, new_figure, whole_numbers
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from micro.analysis.routes.selectivity_report import SelectivityReport
     from micro.analysis.routes.similarity_report import SimilarityReport
 
-CHANCE = "#c5221f"
 MOST_GROUPS = 12  # bars that fit into a figure; the table holds all
-NUMBERS_UP_TO = 8  # columns of a heat map that still has room for numbers
 
 
 def floats(values: Any) -> Any:
@@ -47,7 +45,7 @@ def layers_figure(report: RoutingReport) -> Figure:
     colours = expert_colours(report.experts)
     for e in display_order(report.experts):
         _line(usage, values[:, e], bounds[:, e], color=colours[e], label=report.experts[e])
-    usage.axhline(1 / len(report.experts), color=CHANCE, linewidth=1, label="chance")
+    usage.axhline(1 / len(report.experts), color=RED, linewidth=1, label="chance")
     _shade_excluded(usage, report)
     usage.set(xlabel="layer", ylabel="share of slots", ylim=(0, 1), title="Usage (grey: not in the summary)")
     _legend(usage, 3)
@@ -66,7 +64,7 @@ def layers_figure(report: RoutingReport) -> Figure:
     load.axhline(limit, color=GREY, linewidth=1, linestyle="--", label="all on one expert (K = 1)")
     dead = sorted({layer for layer, _ in report.dead_cells})
     if dead:
-        load.plot(dead, [0.0] * len(dead), "x", color=CHANCE, label="layer with a dead expert", clip_on=False)
+        load.plot(dead, [0.0] * len(dead), "x", color=RED, label="layer with a dead expert", clip_on=False)
     load.set(xlabel="layer", ylabel="coefficient of variation", title="Load over experts")
     load.set_ylim(0, 1.08 * limit if limit else 1)
     _legend(load, 1)
@@ -107,7 +105,7 @@ def _bars(ax: Axes, groups: list[dict[str, Any]], experts: list[str]) -> None:
         error = np.clip([y - bounds[:, 0], bounds[:, 1] - y], 0, None)
         ax.bar(x, y, width=0.92 * width, color=colours[e], label=experts[e])
         ax.errorbar(x, y, yerr=error, fmt="none", ecolor="#202124", elinewidth=0.9, capsize=2)
-    ax.axhline(1 / len(experts), color=CHANCE, linewidth=1, label="chance")
+    ax.axhline(1 / len(experts), color=RED, linewidth=1, label="chance")
     ax.set_xticks(range(len(groups)), [f"{_short(g['name'])}\nn = {g['samples']}" for g in groups], fontsize=8)
 
 
@@ -122,6 +120,7 @@ def layer_maps_figure(report: RoutingReport) -> Figure:
     names = [report.experts[e] for e in order]
     for ax, group in zip(axes, groups, strict=True):
         heat_map(ax, floats(group["by_layer"])[:, order], [str(l) for l in range(layers)], names, size=7)
+        depth_upward(ax, layers)
         ax.set_title(_short(group["name"]), fontsize=10)
         ax.set(ylabel="layer" if ax is axes[0] else None)
     return figure
@@ -144,41 +143,13 @@ def flow_figure(report: RoutingReport) -> Figure:
     left.set(xlabel="layer", ylabel="layer", title="Same expert in both layers, above chance")
     whole_numbers(left.xaxis)
     whole_numbers(left.yaxis)
+    depth_upward(left, len(above))
     order = display_order(report.experts)
     joint = floats(report.transitions).mean(0) if report.transitions else np.zeros((len(order), len(order)))
     rows = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)
     heat_map(right, rows[np.ix_(order, order)], [report.experts[e] for e in order], [report.experts[e] for e in order])
     right.set(xlabel="expert in the next layer", ylabel="expert", title="Where an expert's slots go next")
     return figure
-
-
-def heat_map(
-    ax: Axes,
-    values: Any,
-    rows: list[str],
-    columns: list[str],
-    *,
-    limit: float = 1.0,
-    signed: bool = False,
-    starred: Any = None,
-    size: float = 9,
-) -> None:
-    """Numbers as colours on one scale, written out for up to eight columns. starred: bool, which get a star; size: of
-    letters.
-    """
-    values = floats(values)
-    colours = "RdBu_r" if signed else "Greys"
-    ax.imshow(values, cmap=colours, vmin=-limit if signed else 0.0, vmax=limit, aspect="auto")
-    ax.set_xticks(range(len(columns)), columns, fontsize=size)
-    ax.set_yticks(range(len(rows)), rows, fontsize=size)
-    ax.spines[:].set_visible(False)
-    if len(columns) > NUMBERS_UP_TO:
-        return
-    for (r, c), value in np.ndenumerate(values):
-        dark = abs(value) > 0.6 * limit
-        shown = "" if np.isnan(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
-        shown += "*" if starred is not None and starred[r, c] else ""
-        ax.text(c, r, shown, ha="center", va="center", fontsize=size, color="white" if dark else "black")
 
 
 def agreement_figure(report: AgreementReport) -> Figure:
@@ -188,7 +159,7 @@ def agreement_figure(report: AgreementReport) -> Figure:
     for entry, shade in zip(report.pairs, shades, strict=False):
         label = f"{entry['first']}, {entry['second']}"
         _line(lines, entry["kappa_by_layer"], entry["kappa_by_layer_interval"], color=shade, label=label)
-    for entry, colour in zip(report.nulls, (CHANCE, "#E69F00"), strict=False):
+    for entry, colour in zip(report.nulls, (RED, "#E69F00"), strict=False):
         label = f"null: {entry['second']}"
         _line(
             lines, entry["kappa_by_layer"], entry["kappa_by_layer_interval"], color=colour, label=label, linestyle="--"

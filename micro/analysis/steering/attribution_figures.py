@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import new_figure
+from micro.analysis.figures import depth_upward, new_figure
 from micro.report.palette import display_order, expert_colours
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def attribution_figure(report: AttributionReport) -> Figure:
-    """Who decides in each layer, beside random routers; and which cell promotes which later one."""
+    """Who decides in each layer, beside random routers; and which cell promotes which later one. Depth grows to the
+    right and upward.
+    """
     figure, axes = new_figure(15.0, 5.0, 3, width_ratios=[1.0, 1.0, 1.35])
     high = max(float(np.nanmax(np.abs(report.share))), 1e-9)
     for ax, values, title in (
@@ -37,6 +39,7 @@ def _shares(ax: Axes, share: Any, report: AttributionReport, high: float) -> Any
     image = ax.imshow(np.where(reachable, share, np.nan).T, cmap="RdBu_r", vmin=-high, vmax=high, aspect="auto")
     ax.set_yticks(range(len(report.writers)), report.writers, fontsize=8 if len(report.writers) < 25 else 5)
     ax.set_xticks(range(len(share)), [str(l) for l in range(len(share))])
+    depth_upward(ax, len(report.writers))
     ax.spines[:].set_visible(False)
     return image
 
@@ -62,9 +65,10 @@ def _entanglement(ax: Axes, report: AttributionReport) -> None:
     colours = expert_colours(report.experts)
     for place in range(size):
         colour = colours[order[place % experts]]
-        ax.plot([place - 0.5, place + 0.5], [size - 0.2, size - 0.2], color=colour, linewidth=4, clip_on=False)
+        ax.plot([place - 0.5, place + 0.5], [-0.8, -0.8], color=colour, linewidth=4, clip_on=False)
         ax.plot([-0.8, -0.8], [place - 0.5, place + 0.5], color=colour, linewidth=4, clip_on=False)
-    ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    ax.set(xlim=(-0.5, size - 0.5))
+    depth_upward(ax, size)
     ax.tick_params(axis="x", pad=7, length=0)
     ax.tick_params(axis="y", pad=12, length=0)
     ax.spines[:].set_visible(False)

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import GREY, heat_map, new_figure
-from micro.experts import DISPLAY_ORDER, NAMES
+from micro.analysis.figures import GREY, heat_map, new_figure, shown_order
 from micro.report.palette import expert_colours
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 def steering_figure(report: SteeringReport) -> Figure:
     """The score matrix and, where there are curves, use of each expert and change of its own domain against bias."""
-    rows, columns = _display(report.rows), _display(report.sets)
+    rows, columns = shown_order(report.rows), shown_order(report.sets)
     width = 1.9 + 1.15 * len(columns)
     widths = [width, *([4.2, 4.2] if report.curves else [])]
     height = max(3.4 if report.curves else 2.0, 1.4 + 0.62 * len(rows))
@@ -33,21 +30,12 @@ def steering_figure(report: SteeringReport) -> Figure:
     return figure
 
 
-def _display(names: Sequence[str]) -> list[int]:
-    rank = {name: i for i, name in enumerate(NAMES[e] for e in DISPLAY_ORDER)}
-    return sorted(range(len(names)), key=lambda i: rank.get(names[i], len(rank) + i))
-
-
 def _matrix(ax: Axes, report: SteeringReport, rows: list[int], columns: list[int]) -> None:
     values = np.asarray(report.change)[np.ix_(rows, columns)]
     high = max(float(np.nanmax(np.abs(values))), 1e-9)
     names = [report.rows[r] for r in rows], [report.sets[c] for c in columns]
-    heat_map(ax, values, *names, vmax=high, text="{:+.2f}", symmetric=True)
-    for y, r in enumerate(rows):
-        for x, c in enumerate(columns):
-            if report.p_holm[r][c] < 0.05:
-                dark = abs(values[y, x]) > 0.6 * high
-                ax.text(x + 0.33, y - 0.2, "*", ha="center", fontsize=11, color="white" if dark else "black")
+    found = np.asarray(report.p_holm, dtype=float)[np.ix_(rows, columns)] < 0.05
+    heat_map(ax, values, *names, limit=high, signed=True, starred=found, size=10)
     kinds = {"nats per token": "log-likelihood, nats per token", "points": "share correct, points"}
     kind = kinds.get(report.unit, report.unit)
     ax.set(xlabel="steered to (* p < 0.05, Holm)", ylabel="task or domain", title=f"Change of {kind}")
@@ -57,7 +45,7 @@ def _styled(report: SteeringReport) -> list[tuple[dict[str, Any], str]]:
     """Curves in display order with the colour of their expert."""
     domains = report.curves[0]["domains"]
     colours = dict(zip(domains, expert_colours(domains), strict=True))
-    order = _display([curve["expert"] for curve in report.curves])
+    order = shown_order([curve["expert"] for curve in report.curves])
     return [(report.curves[i], colours[report.curves[i]["expert"]]) for i in order]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from micro.analysis.figures import new_figure
+from micro.analysis.figures import depth_upward, new_figure
 from micro.report.palette import display_order
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def _map(ax: Axes, report: ResonanceReport, values: Any, tested: Any, high: floa
     ax.scatter(found[:, 1], found[:, 0], s=9, color="black")
     ax.set_xticks(range(len(order)), [report.experts[e] for e in order], rotation=30, fontsize=8)
     ax.set_yticks(range(len(values)), [str(l) for l in range(len(values))])
+    depth_upward(ax, len(values))
     ax.set_ylabel("layer")
     ax.spines[:].set_visible(False)
     if ax.figure is not None:
