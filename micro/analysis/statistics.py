@@ -56,6 +56,30 @@ def interval(values: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
     return bounds[0].reshape(values.shape[1:]), bounds[1].reshape(values.shape[1:])
 
 
+def binomial_interval(right: ArrayLike, items: ArrayLike, *, level: float = 0.95) -> tuple[Array, Array]:
+    """Exact interval of a share of independent items, each right or wrong (Clopper and Pearson 1934).
+
+    It has a width where a bootstrap has none: of four right answers in four the interval is [0.40, 1].
+
+    Args:
+        right: how many items are right, any shape.
+        items: how many there are, broadcastable; 0 gives NaN.
+        level: coverage, at least.
+
+    Returns:
+        Lower and upper bound, float64, shaped like the counts.
+
+    Raises:
+        MissingExtraError: SciPy is not installed.
+    """
+    beta = require("scipy.stats", "eval", "an exact interval").beta
+    k, n = np.broadcast_arrays(np.asarray(right, dtype=np.float64), np.asarray(items, dtype=np.float64))
+    tail = (1 - level) / 2
+    low = np.where(k > 0, beta.ppf(tail, np.maximum(k, 1), n - k + 1), 0.0)
+    high = np.where(k < n, beta.ppf(1 - tail, k + 1, np.maximum(n - k, 1)), 1.0)
+    return np.where(n > 0, low, np.nan), np.where(n > 0, high, np.nan)
+
+
 class PairedDifference(NamedTuple):
     """Mean of a - b, its interval and two-sided p; arrays shaped like one item. ``items``: pairs that counted."""
 

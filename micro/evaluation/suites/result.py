@@ -25,8 +25,9 @@ class SuitesResult(Result):
 
     ``conditions``: the first is "none". ``rows``: task, domain, row ("all": the mean over the task's rows), items,
     chance, rule and rule_score (the best of the rules that understand nothing; None where there are none), and one
-    entry per condition in score, interval, change (against "none") and change_interval, the latter 95 % bootstrap over
-    records, paired. ``tasks``: task -> settings of its items. ``missing``: task -> why it was left out. ``outcomes``:
+    entry per condition in score, interval (95 %; interval_by: "binomial", exact, where records are single items, right
+    or wrong, else "bootstrap" over records), change (against "none") and change_interval (95 % bootstrap over records,
+    paired). ``tasks``: task -> settings of its items. ``missing``: task -> why it was left out. ``outcomes``:
     task -> condition -> one dictionary per item, saved in ``suites_items.jsonl``.
     """
 
@@ -53,6 +54,7 @@ class SuitesResult(Result):
                 "score": row["score"][c],
                 "low": row["interval"][c][0],
                 "high": row["interval"][c][1],
+                "interval_by": row.get("interval_by", "bootstrap"),
                 "chance": row["chance"],
                 "rule": row["rule"],
                 "rule_score": row["rule_score"],

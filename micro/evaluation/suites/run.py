@@ -13,8 +13,8 @@ import numpy as np
 
 from micro.analysis.ablations.scores import expert_names
 from micro.analysis.fingerprints import comparable, model_fingerprint, open_session, steering_contexts
-from micro.analysis.statistics import Array, bootstrap, ratio
-from micro.errors import MissingExtraError, choices
+from micro.analysis.statistics import Array, binomial_interval, bootstrap, ratio
+from micro.errors import MissingExtraError, choices, require
 from micro.evaluation.candidates import split_controls
 from micro.evaluation.suites import arithmetic, facts, grammar, gym, reasoning, syntaxgym, theory_of_mind, wordnet
 from micro.evaluation.suites.choice import ChoiceSuite, OfflineSuite
@@ -132,6 +132,7 @@ def run(
         ValueError: unknown names or numbers out of range.
         MissingExtraError, FileNotFoundError: a task was named whose data are not on this machine.
     """
+    require("scipy.stats", "eval", "the intervals of the suites")  # before hours of scoring
     if draws < 1:
         raise ValueError(f"suites: draws must be at least 1, got {draws}")
     split_controls(model.config, controls or {})
@@ -148,7 +149,8 @@ def run(
             **options,
             "controls": {name: str(value) for name, value in (controls or {}).items()},
             "bootstrap_draws": draws,
-            "interval": "95 % bootstrap over records, paired between conditions",
+            "interval": "95 %; rows say whether exact binomial or bootstrap over records",
+            "change_interval": "95 % bootstrap over records, paired between conditions",
         },
     )
     for suite in suites:
@@ -235,6 +237,11 @@ def summarise(
 ) -> list[dict[str, Any]]:
     """Rows of :class:`SuitesResult`: scores of each condition with intervals, the mean over rows last.
 
+    Scores of items that are right or wrong, one per record, have exact binomial intervals
+    (:func:`micro.analysis.statistics.binomial_interval`). Those of a mean over rows p_k with bounds l_k, u_k are
+    p - d(l), p + d(u) with d(l)^2 = sum (w_k (p_k - l_k))^2 (Zou and Donner 2008); where rows share records, d(l) is
+    the sum itself, which holds under any dependence. Other scores, and all changes, are bootstrapped over records.
+
     Args:
         suite: what was asked.
         outcomes: of each condition, the first without ablation.
@@ -253,7 +260,10 @@ def summarise(
 
     everything = scores(np.ones(suite.records))
     low, high = bootstrap(suite.records, scores, draws=draws, seed=seed)
-    bounds = np.stack([low, high], -1)
+    bounds = np.stack([low, high], -1)  # [conditions, rows + 1, score or change, 2]
+    exact = _exact_bounds(sums, counts, plain)
+    known = ~np.isnan(exact)
+    bounds[:, :, 0][known] = exact[known]
     by_rule = {rule: [*values, float(np.mean([values[k] for k in plain]))] for rule, values in suite.rules().items()}
     chance = [*suite.chance, float(np.mean([suite.chance[k] for k in plain]))]
     rows = []
@@ -270,8 +280,24 @@ def summarise(
                 "rule_score": None if rule is None else by_rule[rule][k],
                 "score": everything[:, k, 0].tolist(),
                 "interval": bounds[:, k, 0].tolist(),
+                "interval_by": "binomial" if known[:, k].all() else "bootstrap",
                 "change": everything[:, k, 1].tolist(),
                 "change_interval": bounds[:, k, 1].tolist(),
             }
         )
     return rows
+
+
+def _exact_bounds(sums: Array, counts: Array, plain: Sequence[int]) -> Array:
+    """Binomial bounds [conditions, rows + 1, 2] of sums [conditions, records, rows]; NaN where items are no independent
+    trials. The last row is the mean over the rows ``plain``.
+    """
+    trials = (counts <= 1).all(0) & ((sums == 0) | (sums == 1)).all((0, 1))
+    right, items = sums.sum(1), counts.sum(0)
+    bounds = np.where(trials[:, None], np.stack(binomial_interval(right, items), -1), np.nan)
+    share, own = ratio(right, items)[:, plain], bounds[:, plain]
+    reach = np.abs(own - share[..., None]) / len(plain)  # below and above, of each row
+    together = (counts[:, plain] > 0).sum(1).max() > 1
+    reach = reach.sum(1) if together else np.sqrt((reach**2).sum(1))
+    mean = share.mean(1)
+    return np.concatenate([bounds, np.stack([mean - reach[:, 0], mean + reach[:, 1]], -1)[:, None]], 1)

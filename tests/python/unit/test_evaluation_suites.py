@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from small_models import small_config
 
 from micro import analysis
@@ -214,6 +215,56 @@ def test_intervals_cover_the_truth_and_pairs_make_changes_narrow():
         assert change[0] <= row["change"][1] <= change[1] <= 0
         assert change[1] - change[0] < 0.8 * (high - low)  # unpaired it would be 1.4 times as wide
     assert covered >= 33
+
+
+def planted(rights):
+    """A suite of single items, so many of each row, and outcomes with so many of them right."""
+    rows = [(name, i < right) for name, (right, of) in rights.items() for i in range(of)]
+    items = [Item(f"p{i}", (" a", " b"), 0, name, "t", i) for i, (name, _) in enumerate(rows)]
+    outcomes = [{"record": i, "row": name, "score": float(x)} for i, (name, x) in enumerate(rows)]
+    return ChoiceSuite("t", items, None, domain="logic"), outcomes
+
+
+def test_intervals_of_few_items_are_exact_and_never_empty():
+    suite, outcomes = planted({"one": (4, 4), "two": (0, 5), "three": (2, 3)})
+    rows = summarise(suite, [outcomes], draws=50)
+    below = []
+    for row, (k, n) in zip(rows[:3], [(4, 4), (0, 5), (2, 3)], strict=True):
+        want = stats.binomtest(k, n).proportion_ci(0.95, method="exact")
+        assert row["interval"][0] == pytest.approx([want.low, want.high])
+        assert row["interval_by"] == "binomial"
+        below.append((k / n - want.low) / 3)
+    assert rows[3]["interval"][0][0] == pytest.approx(rows[3]["score"][0] - np.linalg.norm(below))
+    suite, outcomes = planted({"one": (4, 4)})
+    (row, mean) = summarise(suite, [outcomes], draws=50)
+    assert row["interval"] == mean["interval"] == [[pytest.approx(0.025**0.25), 1.0]]
+
+
+def test_the_interval_of_a_mean_over_rows_covers_the_truth():
+    """Planted: rows of different size and share, the mean over them is 0.65."""
+    rng = np.random.default_rng(3)
+    covered = []
+    for _ in range(300):
+        rights = {name: (int(rng.binomial(n, p)), n) for name, n, p in (("a", 4, 0.9), ("b", 12, 0.7), ("c", 7, 0.35))}
+        suite, outcomes = planted(rights)
+        low, high = summarise(suite, [outcomes], draws=1)[3]["interval"][0]
+        assert low < high
+        covered.append(low <= 0.65 <= high)
+    assert np.mean(covered) >= 0.93
+
+
+def test_rows_that_share_records_are_not_taken_for_independent():
+    items = [Item(f"{row}{i}", (" a", " b"), 0, row, "t", i) for i in range(6) for row in ("twin", "other")]
+    suite = ChoiceSuite("t", items, None, domain="social", joint="both")
+    outcomes = [{"record": i, "row": row, "score": 1.0} for i in range(6) for row in ("twin", "other")]
+    rows = summarise(suite, [outcomes], draws=5)
+    alone = rows[0]["interval"][0]
+    assert alone[0] == pytest.approx(0.025 ** (1 / 6))
+    assert rows[3]["interval"][0] == pytest.approx(alone)  # two copies of the same answers tell no more than one
+    several = [Item(f"p{i}", (" a", " b"), 0, "r", "t", i // 2) for i in range(8)]
+    suite = ChoiceSuite("t", several, None, domain="logic")
+    outcomes = [{"record": i // 2, "row": "r", "score": float(i % 3 > 0)} for i in range(8)]
+    assert {row["interval_by"] for row in summarise(suite, [outcomes], draws=50)} == {"bootstrap"}
 
 
 def test_the_mean_of_a_task_leaves_the_joint_row_out(knowing):

@@ -6,6 +6,7 @@ from scipy import stats
 
 from micro.analysis.statistics import (
     benjamini_hochberg,
+    binomial_interval,
     hierarchical_bootstrap,
     hierarchical_draws,
     holm,
@@ -26,6 +27,19 @@ def test_the_interval_leaves_out_undefined_draws():
     assert np.isnan([low[1], high[1]]).all()
     with pytest.raises(ValueError, match="level"):
         interval(values, level=95)
+
+
+def test_the_binomial_interval_is_scipys_and_has_a_width_at_the_ends():
+    counts = [(k, n) for n in (1, 4, 17, 300) for k in {0, 1, n // 3, n - 1, n}]
+    low, high = binomial_interval([k for k, _ in counts], [n for _, n in counts])
+    want = [stats.binomtest(k, n).proportion_ci(0.95, method="exact") for k, n in counts]
+    assert low == pytest.approx([w.low for w in want], abs=1e-12)
+    assert high == pytest.approx([w.high for w in want], abs=1e-12)
+    low, high = binomial_interval(4, 4)
+    assert (float(low), float(high)) == (pytest.approx(0.025**0.25), 1.0)
+    assert np.isnan(binomial_interval([0, 1], [0, 2])).tolist() == [[True, False]] * 2
+    narrow, wide = (np.ptp(binomial_interval(5, 9, level=level)) for level in (0.5, 0.99))
+    assert narrow < wide
 
 
 def test_a_paired_difference_is_found_where_an_unpaired_one_drowns():
