@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+PATIENCE = 5.0  # seconds for the hub's first answer
+NOT_CACHED = "Couldn't find cache for"  # how `datasets` begins where another part of a data set is cached
 HALF_WIDTH = 1.96  # of a 95 % normal interval, in standard errors
 
 
@@ -119,13 +122,17 @@ def run(
     }
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
-        found = lm_eval.simple_evaluate(
-            model=lm, tasks=names, task_manager=manager, log_samples=log_samples, **options, **seeds
-        )
-    except (ConnectionError, FileNotFoundError) as error:
+        with _cache_alone_if_no_hub():
+            found = lm_eval.simple_evaluate(
+                model=lm, tasks=names, task_manager=manager, log_samples=log_samples, **options, **seeds
+            )
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        if isinstance(error, ValueError) and not str(error).startswith(NOT_CACHED):
+            raise
         raise RunError(
-            f"harness: the data of {', '.join(names)} are not at hand: {error}; fill the cache of `datasets` on a "
-            "machine with network, or write a task file over local data (include_path)"
+            f"harness: data of {', '.join(names)} are not on this machine: {error}; run "
+            "this once with network (the data then stay in the cache of `datasets`, which may be copied), or write a "
+            "task file over local data (include_path)"
         ) from error
     assert found is not None
     return HarnessResult(
@@ -141,6 +148,34 @@ def run(
         },
         samples=_samples(found) if log_samples else {},
     )
+
+
+@contextmanager
+def _cache_alone_if_no_hub() -> Iterator[None]:
+    """Without network data come from the cache of `datasets` or not at all: the hub's client would try again five times
+    for each of two files of a data set, most of a minute, and then say less.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not any(before) and not _hub_answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def _hub_answers(address: str) -> bool:
+    """Whether anything answers there, through the hub's own client: it knows about proxies and certificates."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(address, timeout=PATIENCE)
+    except Exception:  # of requests or httpx, by the version of the client
+        return False
+    return True
 
 
 def _manager(make: Any, names: Sequence[str], include_path: str | Path | None) -> Any:

@@ -1,6 +1,7 @@
 """lm-evaluation-harness over small models: scores against its own HFLM, answers, tasks of our own without network."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from small_models import small_config
 
 from micro import interventions
 from micro.cli import main as cli
+from micro.errors import RunError
 from micro.modeling import MiCRoForCausalLM
 from micro.testing import tiny_tokenizer
 
@@ -289,6 +291,59 @@ def test_own_tasks_run_without_network(model, tokenizer, tasks, tmp_path):
     assert (tmp_path / "harness_samples.jsonl").read_text().count("\n") == 10
     assert harness.HarnessResult.load(tmp_path).table().equals(result.table())
     assert result.plot().axes
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Puts a hub in place of the real one: an address at which somebody answers, or nobody."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    def at(address):
+        for module, names in ((constants, ("ENDPOINT", "HF_ENDPOINT")), (config, ("HF_ENDPOINT",))):
+            for name in names:
+                monkeypatch.setattr(module, name, address, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+        return lambda: (constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE)
+
+    return at
+
+
+def test_without_network_missing_data_are_named_at_once(model, tokenizer, tasks, hub, monkeypatch):
+    (tasks / "far.yaml").write_text(
+        "task: far\ndataset_path: nobody-here/nothing-there\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{question}}'\nmetric_list:\n  - metric: exact_match\n"
+    )
+    offline = hub("http://127.0.0.1:9")  # the port of discard: nobody listens
+    slept = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", slept.append)
+    with pytest.raises(RunError, match=r"far are not on this machine.*nobody-here/nothing-there.*include_path"):
+        harness.run(model, tokenizer, tasks="far", include_path=tasks)
+    assert slept == []
+    assert offline() == (False, False)
+    assert harness.run(model, tokenizer, tasks="own_choice", include_path=tasks, limit=2).rows
+
+
+def test_with_network_nothing_is_changed(hub):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    offline = hub(f"http://127.0.0.1:{server.server_port}")
+    with harness._cache_alone_if_no_hub():
+        assert offline() == (False, False)
+    thread.join(10)
+    server.server_close()
 
 
 def test_the_own_folder_is_read_first_and_all_tasks_only_where_they_are_needed(tmp_path):
