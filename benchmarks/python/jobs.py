@@ -6,6 +6,7 @@ Imports torch only: the same file runs in this process and in a worker with anot
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Job:
+class Job(ABC):
     """One region to time. ``prepare`` is not timed, ``run`` is."""
 
     def __init__(self, model: Any, ids: Any, controls: Mapping[str, Any] | None = None) -> None:
@@ -29,15 +30,16 @@ class Job:
         self.ids = torch.as_tensor(ids).to(getattr(model, "device", "cpu"))  # an engine is on the CPU
         self.controls = dict(controls or {})
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - a region may start from any state
         """Bring the model into the state in which ``run`` starts."""
 
+    @abstractmethod
     def run(self) -> Any:
-        raise NotImplementedError
+        """The region itself."""
 
+    @abstractmethod
     def outputs(self) -> dict[str, Tensor]:
         """What another implementation must give as well."""
-        raise NotImplementedError
 
     def seconds(self) -> float:
         """Time of one run; short runs are repeated, each with its preparation outside the clock."""

@@ -51,6 +51,9 @@ class EngineGenerate(Job):
     def run(self) -> Any:
         return self.model.generate(self.ids.tolist(), max_new_tokens=self.new + 1, stop_ids=[]).tokens
 
+    def outputs(self) -> dict[str, Tensor]:
+        return {"tokens": torch.tensor(self.run())}
+
 
 def generation(models: Models, side: str, tokens: int, new: int) -> dict[str, Any]:
     if side == "engine":
