@@ -1,4 +1,4 @@
-"""Labelled records as batches for a forward pass, and the loss of each token."""
+"""Texts and labelled records as batches for a forward pass, and the loss of each token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from micro.data import Record
     from micro.modeling import MiCRoForCausalLM
 
+Row = dict[str, list[int]]  # input_ids, attention_mask, labels; of records also routing_labels
 IGNORED = -100
 CHUNK_BYTES = 64 << 20  # of float32 logits held at once
 
 
-def encoded(records: Sequence[Record], tokenizer: Any, **options: Any) -> list[tuple[int, dict[str, list[int]]]]:
+def encoded(records: Sequence[Record], tokenizer: Any, **options: Any) -> list[tuple[int, Row]]:
     """(index of the record, encoded row), without the records that ``encode`` drops."""
     from micro.data import encode
 
@@ -24,21 +25,34 @@ def encoded(records: Sequence[Record], tokenizer: Any, **options: Any) -> list[t
     return [(i, row) for i, row in rows if row is not None]
 
 
+def text_row(ids: Sequence[int]) -> Row:
+    """Token ids of a text as an encoded row: no padding, every token a target."""
+    return {"input_ids": list(ids), "attention_mask": [1] * len(ids), "labels": list(ids)}
+
+
+def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences, those of similar length together, the shortest first: at most ``max_tokens`` slots (or one
+    sequence) a batch.
+    """
+    waiting: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if waiting and (len(waiting) + 1) * lengths[i] > max_tokens:
+            yield waiting
+            waiting = []
+        waiting.append(i)
+    if waiting:
+        yield waiting
+
+
 def batches(
-    rows: Sequence[tuple[int, dict[str, list[int]]]], tokenizer: Any, *, max_tokens: int = 2048
+    rows: Sequence[tuple[int, Row]], tokenizer: Any, *, max_tokens: int = 2048
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """(record indices, collated batch), rows of similar length together, at most ``max_tokens`` slots a batch."""
     from micro.data import Collator
 
     collate = Collator(tokenizer)
-    waiting: list[tuple[int, dict[str, list[int]]]] = []
-    for row in sorted(rows, key=lambda pair: len(pair[1]["input_ids"])):
-        if waiting and (len(waiting) + 1) * len(row[1]["input_ids"]) > max_tokens:
-            yield [i for i, _ in waiting], collate([r for _, r in waiting])
-            waiting = []
-        waiting.append(row)
-    if waiting:
-        yield [i for i, _ in waiting], collate([r for _, r in waiting])
+    for some in by_length([len(row["input_ids"]) for _, row in rows], max_tokens):
+        yield [rows[i][0] for i in some], collate([rows[i][1] for i in some])
 
 
 def shifted(labels: Tensor) -> Tensor:

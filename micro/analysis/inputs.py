@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from micro.analysis.batches import IGNORED, encoded, shifted
+from micro.analysis.batches import IGNORED, Row, encoded, shifted, text_row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 POSITIONS = ("predicting", "all")
-Row = tuple[int, dict[str, list[int]]]
 
 
 def input_rows(
     data: Sequence[Any], tokenizer: Any, what: str, *, encode_options: dict[str, Any] | None = None
-) -> list[Row]:
+) -> list[tuple[int, Row]]:
     """(index, encoded row) of texts (no chat template, every token a target) or of records; what cannot be encoded is
     left out.
 
@@ -29,9 +28,7 @@ def input_rows(
         rows = encoded(data, tokenizer, **(encode_options or {}))
     else:
         every = ((i, list(tokenizer(text)["input_ids"])) for i, text in enumerate(data))
-        rows = [
-            (i, {"input_ids": x, "attention_mask": [1] * len(x), "labels": list(x)}) for i, x in every if len(x) > 1
-        ]
+        rows = [(i, text_row(ids)) for i, ids in every if len(ids) > 1]
     if not rows:
         raise ValueError(f"{what}: none of the {len(data)} inputs has two tokens (texts) or an answer (records)")
     return rows

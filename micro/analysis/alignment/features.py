@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from micro.analysis.alignment.ridge import matrix
-from micro.analysis.batches import batches
+from micro.analysis.batches import Row, batches, text_row
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array
 from micro.progress import track
@@ -185,7 +185,7 @@ def pooled_activations(
     return Pooled(sums.numpy(), indices, names, name)
 
 
-def _rows(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, dict[str, list[int]]]]:
+def _rows(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, Row]]:
     if isinstance(texts, str) or not len(texts):
         raise ValueError("texts must be a list of at least one text")
     rows = []
@@ -193,7 +193,7 @@ def _rows(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, dict[str, lis
         ids = tokenizer(text)["input_ids"]
         if not ids:
             raise ValueError(f"texts: number {i} has no tokens")
-        rows.append((i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}))
+        rows.append((i, text_row(ids)))
     return rows
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from micro.analysis.alignment.result import ReadingTimesResult
 from micro.analysis.alignment.ridge import Rows, contiguous_folds
-from micro.analysis.batches import batches, token_losses
+from micro.analysis.batches import batches, text_row, token_losses
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, interval, permutation_p
 from micro.errors import require
@@ -61,9 +61,8 @@ def word_surprisal(
             raise ValueError(f"sentences: number {i} is empty or holds an empty word")
         out.append(np.zeros(len(words)))
         encoded = tokenizer(" ".join(words), return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
         owners.append(_owners(words, encoded["offset_mapping"]))
-        rows.append((i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}))
+        rows.append((i, text_row(encoded["input_ids"])))
     work = list(batches(rows, tokenizer, max_tokens=max_tokens))
     with evaluating(model):
         for numbers, batch in track(work, "surprisal", unit="batches", enabled=progress):

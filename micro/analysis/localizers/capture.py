@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from micro.analysis.batches import by_length
 from micro.analysis.localizers.stimuli import POOLINGS
 from micro.analysis.modes import evaluating
 from micro.errors import choices
@@ -68,7 +69,7 @@ class Capture:
         shape = self.shape(model)
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         read_per_token = shape[0] * shape[1] * shape[2] * dtype.itemsize
-        work = list(_batches(rows, max(1, self.max_bytes // read_per_token)))
+        work = list(by_length([len(row) for row in rows], max(1, self.max_bytes // read_per_token)))
         with evaluating(model):
             for indices in track(work, what, unit="batches", enabled=self.progress):
                 yield indices, self._batch(model, [rows[i] for i in indices], shape, dtype)
@@ -132,15 +133,3 @@ def tokenized(tokenizer: Any, texts: Sequence[str], max_tokens: int | None = Non
     if not all(rows):
         raise ValueError(f"localize: the text {texts[[bool(r) for r in rows].index(False)]!r} has no tokens")
     return rows
-
-
-def _batches(rows: Sequence[Sequence[int]], most_tokens: int) -> Iterator[list[int]]:
-    """Indices of texts, similar lengths together, at most so many slots (or one text) a batch."""
-    waiting: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda j: len(rows[j])):
-        if waiting and (len(waiting) + 1) * len(rows[i]) > most_tokens:
-            yield waiting
-            waiting = []
-        waiting.append(i)
-    if waiting:
-        yield waiting

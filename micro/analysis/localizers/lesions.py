@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from micro.analysis.batches import IGNORED, batches, shifted, token_losses
+from micro.analysis.inputs import input_rows
 from micro.analysis.localizers.result import LesionResult, LocalizerResult
 from micro.analysis.localizers.statistics import Mask
 from micro.analysis.modes import evaluating
@@ -39,13 +40,7 @@ class TextSuite:
     def __init__(self, texts: Sequence[str], tokenizer: Any, *, max_tokens: int = 2048) -> None:
         self.names = ["texts"]
         self.records = len(texts)
-        rows = [(i, list(tokenizer(text)["input_ids"])) for i, text in enumerate(texts)]
-        kept = [
-            (i, {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}) for i, ids in rows if len(ids) > 1
-        ]
-        if not kept:
-            raise ValueError("TextSuite: every text has fewer than two tokens")
-        self._batches = list(batches(kept, tokenizer, max_tokens=max_tokens))
+        self._batches = list(batches(input_rows(texts, tokenizer, "TextSuite"), tokenizer, max_tokens=max_tokens))
 
     def score(self, model: MiCRoForCausalLM, controls: Mapping[str, Any]) -> tuple[Array, Array]:
         """Sum of the losses and number of predicted tokens of each text, [texts, 1]."""

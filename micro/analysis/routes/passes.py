@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from micro.analysis.batches import IGNORED, batches, encoded, shifted
+from micro.analysis.batches import IGNORED, Row, batches, encoded, shifted, text_row
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array
 from micro.progress import track
@@ -41,7 +41,7 @@ class Samples:
 
     data: list[Any]
     drawn: list[int]
-    rows: list[tuple[int, dict[str, list[int]]]]
+    rows: list[tuple[int, Row]]
     spans: dict[int, tuple[int, int]]
     labelled: bool = False
     positions: Positions = "published"
@@ -106,7 +106,7 @@ def _records(
     return Samples(kept, drawn, rows, spans, True, positions)
 
 
-def _offset(record: Record, row: dict[str, list[int]], tokenizer: Any, options: Mapping[str, Any]) -> int:
+def _offset(record: Record, row: Row, tokenizer: Any, options: Mapping[str, Any]) -> int:
     """(prompt tokens) - 1, where the prompt is the template of all turns but the last, without generation prompt."""
     from micro.data.encoding import resolve_options
     from micro.data.rendering import renderer_for
@@ -137,15 +137,11 @@ def _texts(kept: list[Any], drawn: list[int], tokenizer: Any, what: str) -> Samp
             ends = [s for s, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt)]
             first = max(ends[0] - 1, 0) if ends else len(ids)
         if len(ids) - 1 > first:
-            rows.append((i, _row(list(ids))))
+            rows.append((i, text_row(ids)))
             spans[i] = (first, len(ids) - 1)
     if not rows:
         raise ValueError(f"{what}: every text has fewer than two tokens after its prompt")
     return Samples(kept, drawn, rows, spans)
-
-
-def _row(ids: list[int]) -> dict[str, list[int]]:
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
 
 
 def sentence_samples(
@@ -181,7 +177,7 @@ def sentence_samples(
         if tokens == "published" and chat:
             empty = renderer_for(tokenizer).apply([{"role": "user", "content": ""}], TEMPLATE_DATE)
             span = (len(tokenizer(empty, add_special_tokens=False)["input_ids"]) - 1, len(encoding["input_ids"]) - 1)
-        rows.append((i, _row(encoding["input_ids"])))
+        rows.append((i, text_row(encoding["input_ids"])))
         spans[i] = span
     return Samples(list(sentences), list(range(len(sentences))), rows, spans)
 

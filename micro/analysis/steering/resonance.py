@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from micro.analysis.ablations.scores import ScoreStore
-from micro.analysis.batches import batches
-from micro.analysis.inputs import Row, counted, input_rows
+from micro.analysis.batches import Row, batches
+from micro.analysis.inputs import counted, input_rows
 from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
 from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p, ratio
@@ -251,7 +251,7 @@ def _mapped(
 def _use(
     model: MiCRoForCausalLM,
     tokenizer: Any,
-    rows: list[Row],
+    rows: list[tuple[int, Row]],
     positions: str,
     controls: Mapping[str, Any],
     max_tokens: int,
