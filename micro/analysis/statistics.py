@@ -187,7 +187,7 @@ def hierarchical_draws(
             "hierarchical_bootstrap: levels (and strata) must be label arrays [N] of one length above 0, got shapes "
             f"{[list(shape) for shape in lengths]}"
         )
-    stratum = np.zeros(len(arrays[0]), np.int64) if strata is None else _codes(np.asarray(strata))
+    stratum = np.zeros(len(arrays[0]), np.int64) if strata is None else label_codes(np.asarray(strata))
     plan = _crossed_weights(arrays, stratum) if crossed and len(arrays) > 1 else _nested_weights(arrays, stratum)
     return _drawn(statistic, plan, len(arrays[0]), draws, seed)
 
@@ -212,7 +212,8 @@ def _item_weights(items: int) -> _Weights:
     return draw
 
 
-def _codes(labels: NDArray[Any]) -> NDArray[np.int64]:
+def label_codes(labels: ArrayLike) -> NDArray[np.int64]:
+    """Labels [N] as numbers 0, 1, ..., equal ones alike."""
     return np.unique(labels, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
@@ -230,10 +231,10 @@ def _nested_weights(levels: list[NDArray[Any]], stratum: NDArray[np.int64]) -> _
     parent = np.zeros(size, np.int64)
     steps: list[tuple[NDArray[np.int64], list[tuple[int, NDArray[np.int64]]]]] = []
     for labels in levels:
-        group = _codes(np.stack([parent, _codes(labels)], 1).view([("", np.int64)] * 2).reshape(-1))
+        group = label_codes(np.stack([parent, label_codes(labels)], 1).view([("", np.int64)] * 2).reshape(-1))
         pool = _pools(group, stratum)
         first = np.unique(group, return_index=True)[1]  # one observation of each group
-        families = _codes(np.stack([parent, pool], 1).view([("", np.int64)] * 2).reshape(-1))[first]
+        families = label_codes(np.stack([parent, pool], 1).view([("", np.int64)] * 2).reshape(-1))[first]
         children = [np.flatnonzero(families == f) for f in range(families.max() + 1)]
         steps.append((group, [(int(parent[first[c[0]]]), c) for c in children]))
         parent = group

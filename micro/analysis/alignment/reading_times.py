@@ -13,7 +13,7 @@ from micro.analysis.alignment.result import ReadingTimesResult
 from micro.analysis.alignment.ridge import Rows, contiguous_folds
 from micro.analysis.batches import batches, text_row, token_losses
 from micro.analysis.modes import evaluating
-from micro.analysis.statistics import Array, interval, permutation_p
+from micro.analysis.statistics import Array, interval, label_codes, permutation_p
 from micro.errors import require
 from micro.progress import track
 
@@ -134,7 +134,7 @@ def reading_times(
     kept, left_out = _kept(time, baseline, added)
     x, y = baseline[kept], np.log(time[kept]) if log_time else time[kept]
     sentence = frame["sentence"].to_numpy()[kept]
-    parts = contiguous_folds(len(y), folds, _codes(sentence))
+    parts = contiguous_folds(len(y), folds, label_codes(sentence))
     order = np.random.default_rng(seed)
     shuffles = [order.permutation(len(y)) for _ in range(permutations)]
     weights = _sentence_weights(sentence, draws, seed)
@@ -296,11 +296,7 @@ def _contrasts(gains: Mapping[str, Array], weights: Array) -> list[dict[str, Any
 
 def _sentence_weights(sentence: Any, draws: int, seed: int) -> Array:
     """How often each word is drawn when whole sentences are, ``[draws, n]``."""
-    codes = _codes(sentence)
+    codes = label_codes(sentence)
     count = int(codes.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
     return drawn[:, codes].astype(np.float64)
-
-
-def _codes(labels: Any) -> Rows:
-    return np.unique(labels, return_inverse=True)[1].reshape(-1).astype(np.int64)

@@ -166,9 +166,6 @@ class ReadingTimesResult(Result):
     contrasts: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
     def table(self) -> pd.DataFrame:
         rows = [
             {

@@ -35,13 +35,13 @@ class EncodedPair:
     wrong: int
 
 
-def token_ids(text: Text, tokenizer: Any) -> list[int]:
-    """Ids of a text, or the ids given."""
+def token_ids(text: Text, tokenizer: Any, **options: Any) -> list[int]:
+    """Ids of a text, or the ids given; ``options`` go to the tokenizer."""
     if not isinstance(text, str):
         return [int(i) for i in text]
     if tokenizer is None:
         raise ValueError(f"{text!r} is a text; give a tokenizer, or token ids")
-    ids: list[int] = tokenizer(text)["input_ids"]
+    ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids
 
 
@@ -51,12 +51,7 @@ def one_token(text: Text, tokenizer: Any) -> int:
     Raises:
         ValueError: it is none or several tokens: a logit belongs to one.
     """
-    if not isinstance(text, str):
-        ids = [int(i) for i in text]
-    elif tokenizer is None:
-        raise ValueError(f"{text!r} is a text; give a tokenizer, or token ids")
-    else:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(text, tokenizer, add_special_tokens=False)
     if len(ids) != 1:
         pieces = f" ({_pieces(ids, tokenizer)})" if ids and tokenizer is not None else ""
         raise ValueError(f"{text!r} is {len(ids)} tokens{pieces}, expected one: give the one that counts, or its id")

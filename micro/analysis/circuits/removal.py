@@ -31,7 +31,8 @@ How = Literal["zero", "mean", "resample"]
 class RemovalResult(Result):
     """Change of each task's score when a component is removed, [components][tasks], with paired intervals.
 
-    ``selectivity``: the change on a task minus the mean change on the other tasks.
+    Change: score with the component removed minus the intact one, in the unit of the task. ``selectivity``: the change
+    on a task minus the mean change on the other tasks.
     """
 
     name: ClassVar[str] = "removal"
@@ -46,12 +47,14 @@ class RemovalResult(Result):
 
     @property
     def selectivity(self) -> list[list[float]]:
+        """[components][tasks]; with a single task the change itself."""
         change = np.asarray(self.change)
         others = (change.sum(1, keepdims=True) - change) / max(1, change.shape[1] - 1)
         result: list[list[float]] = (change - (others if change.shape[1] > 1 else 0)).tolist()
         return result
 
     def table(self) -> pd.DataFrame:
+        """One row per component: change, interval and selectivity of each task."""
         import pandas as pd
 
         frame = pd.DataFrame({"component": [Component(**part).label(self.experts) for part in self.components]})

@@ -38,7 +38,8 @@ class RepairResult(Result):
     """Per part and layer, mean over prompts: effects on the target's centred logit when the part is removed.
 
     ``direct`` is what the removal takes away itself, ``total`` what is missing in the end (routes replayed, routes
-    free), ``norm`` what the model's own final norm makes of the latter; [layers] each, by part.
+    free), ``logit`` what of the latter the logit loses through the model's own final norm; [layers] each, by part, the
+    layers in the order of ``settings["layers"]``.
     """
 
     name: ClassVar[str] = "self_repair"
@@ -67,23 +68,24 @@ class RepairResult(Result):
         return shares[0], shares[1]
 
     def table(self) -> pd.DataFrame:
+        """One row per part and layer: effects, the interval of the direct one, and the shares that are made good."""
         import pandas as pd
 
         rows = []
         for part, direct in self.direct.items():
             replayed, free = self.repaired(part)
-            for layer, value in enumerate(direct):
+            for i, layer in enumerate(self.settings["layers"]):
                 rows.append(
                     {
                         "part": part,
                         "layer": layer,
-                        "direct": value,
-                        "direct_low": self.interval[part][layer][0][0],
-                        "direct_high": self.interval[part][layer][0][1],
-                        "total_replayed": self.total_replayed[part][layer],
-                        "total_free": self.total_free[part][layer],
-                        "repaired_by_layers": replayed[layer],
-                        "repaired_with_routing": free[layer],
+                        "direct": direct[i],
+                        "direct_low": self.interval[part][i][0][0],
+                        "direct_high": self.interval[part][i][0][1],
+                        "total_replayed": self.total_replayed[part][i],
+                        "total_free": self.total_free[part][i],
+                        "repaired_by_layers": replayed[i],
+                        "repaired_with_routing": free[i],
                     }
                 )
         return pd.DataFrame(rows)

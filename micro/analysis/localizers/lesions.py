@@ -58,10 +58,10 @@ def silence(model: MiCRoForCausalLM, unit: str, mask: Mask | Tensor) -> Action:
         ValueError: the mask does not have the shape of the model's units.
     """
     from micro import interventions as iv
-    from micro.analysis.localizers.capture import Capture
+    from micro.analysis.localizers.units import UnitReader
 
     tensor = torch.as_tensor(mask)
-    shape = Capture(unit, "all", "mean").shape(model)
+    shape = UnitReader(unit, "all", "mean").shape(model)
     if tuple(tensor.shape) != shape or tensor.dtype != torch.bool:
         raise ValueError(
             f"lesion: the mask must be bool {list(shape)} for the unit {unit!r} of this model, got {tensor.dtype} "
@@ -155,12 +155,16 @@ def lesion(
         for silenced in track(masks, "lesion", unit="masks", enabled=progress):
             with model.intervene(silence(model, unit, silenced)):
                 scores.append(suite.score(model, dict(controls or {}))[0])
-    result = _summary(suite, base, np.stack(scores), seed=seed, model=model)
-    result.selected, result.units, result.unit = int(mask.sum()), mask.size, unit
-    result.settings |= {"matched": matched, "draws": draws, "seed": seed, "bootstrap_draws": 2000}
+    settings: dict[str, Any] = {"matched": matched, "draws": draws, "seed": seed, "bootstrap_draws": 2000}
     if controls:
-        result.settings["controls"] = {name: str(value) for name, value in controls.items()}
-    return result
+        settings["controls"] = {name: str(value) for name, value in controls.items()}
+    return LesionResult(
+        selected=int(mask.sum()),
+        units=mask.size,
+        unit=unit,
+        settings=settings,
+        **_harm(suite, base, np.stack(scores), seed=seed, model=model),
+    )
 
 
 def _mask_of(result: LocalizerResult) -> Mask:
@@ -180,8 +184,8 @@ def _suite(data: Any, tokenizer: Any, names: list[str]) -> Suite:
     return TextSuite(data, tokenizer) if isinstance(data[0], str) else LossSuite(data, tokenizer, names=names)
 
 
-def _summary(suite: Suite, base: tuple[Array, Array], scores: Array, *, seed: int, model: Any) -> LesionResult:
-    """scores: sums [1 + masks, records, rows], the lesion first."""
+def _harm(suite: Suite, base: tuple[Array, Array], scores: Array, *, seed: int, model: Any) -> dict[str, Any]:
+    """The fields of a result that the scores decide; scores: sums [1 + masks, records, rows], the lesion first."""
     sums, counts = base
     about = traits(suite, model)
     kept = np.flatnonzero(counts.sum(0) > 0)
@@ -197,17 +201,14 @@ def _summary(suite: Suite, base: tuple[Array, Array], scores: Array, *, seed: in
     low, high = bootstrap(len(counts), lambda w: ratio(w @ against, w @ counts), seed=seed)
     harm = ratio(differences.sum(1), counts.sum(0))  # [1 + masks, rows]
     enough = len(scores) > FEWEST_FOR_P
-    return LesionResult(
-        rows=names,
-        unlesioned=ratio(sums.sum(0), counts.sum(0)).tolist(),
-        harm=harm[0].tolist(),
-        random=harm[1:].T.tolist(),
-        excess=ratio(against.sum(0), counts.sum(0)).tolist(),
-        excess_interval=np.stack([low, high], -1).tolist(),
-        p=permutation_p(harm[0], harm[1:]).tolist() if enough else None,
-        selected=0,
-        units=0,
-        unit="",
-        scale=about.unit if about.factor == 1 else "percentage points",
-        records=int((counts.sum(1) > 0).sum()),
-    )
+    return {
+        "rows": names,
+        "unlesioned": ratio(sums.sum(0), counts.sum(0)).tolist(),
+        "harm": harm[0].tolist(),
+        "random": harm[1:].T.tolist(),
+        "excess": ratio(against.sum(0), counts.sum(0)).tolist(),
+        "excess_interval": np.stack([low, high], -1).tolist(),
+        "p": permutation_p(harm[0], harm[1:]).tolist() if enough else None,
+        "scale": about.unit if about.factor == 1 else "percentage points",
+        "records": int((counts.sum(1) > 0).sum()),
+    }

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micro.analysis.localizers.capture import MOST_BYTES, Capture, tokenized
 from micro.analysis.localizers.nulls import NullTests, null_tests, shuffled
 from micro.analysis.localizers.result import LocalizerResult
 from micro.analysis.localizers.statistics import LocalizerTest, Mask, Moments, compare, localizer_mask, wanted_units
 from micro.analysis.localizers.stimuli import Stimuli, find_stimuli
+from micro.analysis.localizers.units import MOST_BYTES, UnitReader, tokenized
 from micro.analysis.statistics import Array, interval
 from micro.errors import choices
 from micro.experts import default_names
@@ -133,37 +133,37 @@ def localize(
     Source: model.md 9.5; AlKhamissi et al. 2024 (the LLM language network), MiCRo's figure of expert shares.
     """
     stimuli = find_stimuli(localizer)
-    capture = Capture(unit, mode, pooling or stimuli.pooling, max_bytes, dict(controls or {}), progress)
+    reader = UnitReader(unit, mode, pooling or stimuli.pooling, max_bytes, dict(controls or {}), progress)
     selection = Selection(percent if units is None else None, units, range, ranking, q, significant_only, seed)
     if permutations < 0 or random_draws < 1:
         raise ValueError(f"localize: permutations ({permutations}) must be >= 0 and random_draws ({random_draws}) >= 1")
     if distractors and stimuli.distractors is None:
         raise ValueError(f"localize: the stimuli {stimuli.name!r} have no distractors; give Stimuli with some")
-    wanted = wanted_units(selection.percent, units, _ranked_units(capture, selection, model))
+    wanted = wanted_units(selection.percent, units, _ranked_units(reader, selection, model))
     rows = _tokens(tokenizer, stimuli, stimuli.positive, stimuli.negative)
-    found = _activations(model, capture, rows, absolute=absolute, keep=permutations > 0)
-    result = _summary(model, stimuli, capture, selection, found, random_draws)
+    found = _activations(model, reader, rows, absolute=absolute, keep=permutations > 0)
+    result = _summary(model, stimuli, reader, selection, found, random_draws)
     if found.values is not None:
         _add_nulls(result, found.values, len(rows[0]), selection, permutations)
     if distractors:
         rows = _tokens(tokenizer, stimuli, *(stimuli.distractors or ((), ())))
-        other = _activations(model, capture, rows, absolute=absolute, keep=False)
+        other = _activations(model, reader, rows, absolute=absolute, keep=False)
         _add_distractors(result, other, selection)
     result.settings |= {
         "k": wanted * (1 if ranking == "global" else len(result.counts)),
         "mode": mode,
-        "pooling": capture.pooling,
+        "pooling": reader.pooling,
         "max_tokens": stimuli.max_tokens,
         "absolute": absolute,
         "permutations": permutations,
         "random_draws": random_draws,
-        "controls": {name: str(value) for name, value in capture.controls.items()},
+        "controls": {name: str(value) for name, value in reader.controls.items()},
     }
     return result
 
 
-def _ranked_units(capture: Capture, selection: Selection, model: MiCRoForCausalLM) -> int:
-    layers, experts, width = capture.shape(model)
+def _ranked_units(reader: UnitReader, selection: Selection, model: MiCRoForCausalLM) -> int:
+    layers, experts, width = reader.shape(model)
     return experts * width * (layers if selection.ranking == "global" else 1)
 
 
@@ -175,18 +175,18 @@ def _tokens(
 
 def _activations(
     model: MiCRoForCausalLM,
-    capture: Capture,
+    reader: UnitReader,
     rows: tuple[list[list[int]], list[list[int]]],
     *,
     absolute: bool,
     keep: bool,
 ) -> _Activations:
-    shape = capture.shape(model)
+    shape = reader.shape(model)
     kept: NDArray[Any] | None = None
     sides = []
     for start, side, what in ((0, rows[0], "positive stimuli"), (len(rows[0]), rows[1], "negative stimuli")):
         moments = Moments(shape)
-        for indices, pooled in capture.pooled(model, side, what):
+        for indices, pooled in reader.pooled(model, side, what):
             values = pooled.abs().numpy() if absolute else pooled.numpy()
             moments.add(values.astype(np.float64))
             if keep:
@@ -200,7 +200,7 @@ def _activations(
 def _summary(
     model: MiCRoForCausalLM,
     stimuli: Stimuli,
-    capture: Capture,
+    reader: UnitReader,
     selection: Selection,
     found: _Activations,
     draws: int,
@@ -216,7 +216,7 @@ def _summary(
     return LocalizerResult(
         localizer=stimuli.name,
         source=stimuli.source,
-        unit=capture.unit,
+        unit=reader.unit,
         experts=own if len(own) == experts else ["all"],
         stimuli=[len(stimuli.positive), len(stimuli.negative)],
         selected=selected,

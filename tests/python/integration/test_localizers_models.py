@@ -10,7 +10,7 @@ from small_models import small_model
 from micro import analysis
 from micro import interventions as iv
 from micro.analysis.localizers import Stimuli, TextSuite, random_masks, silence
-from micro.analysis.localizers.capture import Capture, tokenized
+from micro.analysis.localizers.units import UnitReader, tokenized
 from micro.cli import main as cli
 from micro.testing import tiny_tokenizer
 
@@ -41,7 +41,7 @@ def alone(model, unit, text, *, mode, pooling):
     with model.intervene(iv.read(unit, name="all"), all_experts=True) as run:
         model(ids)
     reading = run["all"]
-    layers, experts, _ = Capture(unit, mode, pooling).shape(model)
+    layers, experts, _ = UnitReader(unit, mode, pooling).shape(model)
     out = []
     for layer in range(layers):
         for expert in range(experts):
@@ -66,7 +66,7 @@ def test_pooled_units_are_those_of_each_text_alone(kind, unit, mode, pooling):
     assert want.isnan().any() == (mode == "routed")
     for max_bytes in (1, 1 << 30):  # one text at a time; all in one padded batch
         got = torch.empty_like(want)
-        for indices, values in Capture(unit, mode, pooling, max_bytes).pooled(model, tokenized(Words(), some)):
+        for indices, values in UnitReader(unit, mode, pooling, max_bytes).pooled(model, tokenized(Words(), some)):
             got[indices] = values
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10, equal_nan=True)
 
@@ -74,7 +74,7 @@ def test_pooled_units_are_those_of_each_text_alone(kind, unit, mode, pooling):
 def test_the_residual_stream_behind_each_layer():
     model = small_model("olmo2")
     some = texts(4)
-    capture = Capture("residual", "all", "mean")
+    capture = UnitReader("residual", "all", "mean")
     rows = tokenized(Words(), some)
     got = torch.empty(4, 2, 1, 32, dtype=torch.float64)
     for indices, values in capture.pooled(model, rows):
@@ -274,7 +274,7 @@ def test_a_lesion_reads_back_and_draws_itself(tmp_path, copying):
 def test_an_empty_mask_changes_no_bit_and_a_full_one_is_zero(kind, unit):
     model = small_model(kind=kind, dtype=torch.float32)
     suite = TextSuite(texts(3), Words())
-    shape = Capture(unit, "all", "mean").shape(model)
+    shape = UnitReader(unit, "all", "mean").shape(model)
     base = suite.score(model, {})[0]
     with model.intervene(silence(model, unit, torch.zeros(shape, dtype=torch.bool))):
         np.testing.assert_array_equal(suite.score(model, {})[0], base)

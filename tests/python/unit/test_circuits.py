@@ -290,6 +290,7 @@ def test_without_later_layers_total_is_direct(repairable):
     result = self_repair(repairable, None, prompts(), parts=["ffn"], layers=[1])
     np.testing.assert_allclose(result.total_replayed["ffn"], result.direct["ffn"], atol=1e-9)
     np.testing.assert_allclose(result.total_free["ffn"], result.direct["ffn"], atol=1e-9)
+    assert result.table()["layer"].tolist() == [1]  # the layer that was removed, not its place in the list
 
 
 def test_a_planted_backup_unit_repairs_what_is_removed():

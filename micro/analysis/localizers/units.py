@@ -25,7 +25,7 @@ MOST_BYTES = 256 << 20  # of activations read at once
 
 
 @dataclass(frozen=True)
-class Capture:
+class UnitReader:
     """How activations are read off a model.
 
     unit: the point that is read; "residual" is the stream behind each layer, without experts. mode: what an expert's
