@@ -35,7 +35,7 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     sequence) a batch.
     """
     waiting: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for i in sorted(range(len(lengths)), key=lambda j: lengths[j]):
         if waiting and (len(waiting) + 1) * lengths[i] > max_tokens:
             yield waiting
             waiting = []

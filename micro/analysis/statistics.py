@@ -56,6 +56,17 @@ def interval(values: ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
     return bounds[0].reshape(values.shape[1:]), bounds[1].reshape(values.shape[1:])
 
 
+def mean_interval(values: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[Array, Array]:
+    """Percentile interval of the mean over items ``[items, ...]``, items resampled; NaN with fewer than two items."""
+    table = np.asarray(values, dtype=np.float64)
+    if len(table) < 2:
+        return np.full(table.shape[1:], np.nan), np.full(table.shape[1:], np.nan)
+    flat = table.reshape(len(table), -1)
+    drawn = _drawn(lambda w: w @ flat / len(flat), _item_weights(len(flat)), len(flat), draws, seed)
+    low, high = interval(drawn, level)
+    return low.reshape(table.shape[1:]), high.reshape(table.shape[1:])
+
+
 def binomial_interval(right: ArrayLike, items: ArrayLike, *, level: float = 0.95) -> tuple[Array, Array]:
     """Exact interval of a share of independent items, each right or wrong (Clopper and Pearson 1934).
 
@@ -200,9 +211,14 @@ def _drawn(statistic: Callable[[Array], Array], weights: _Weights, size: int, dr
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     generator = np.random.default_rng(seed)
-    step = max(1, CHUNK_NUMBERS // size)
-    parts = [np.asarray(statistic(weights(generator, min(step, draws - i)))) for i in range(0, draws, step)]
+    parts = [np.asarray(statistic(weights(generator, part))) for part in pieces(draws, CHUNK_NUMBERS // size)]
     return np.concatenate(parts).astype(np.float64)
+
+
+def pieces(draws: int, most: int) -> list[int]:
+    """How many draws are made at a time, at most ``most`` of them (at least one), so that they fit into memory."""
+    step = max(1, most)
+    return [min(step, draws - i) for i in range(0, draws, step)]
 
 
 def _item_weights(items: int) -> _Weights:
@@ -325,6 +341,19 @@ def permutation_p(observed: ArrayLike, null: ArrayLike, *, alternative: str = "g
     count = (drawn >= value - slack).sum(0)
     result: Array = (1.0 + count) / (1.0 + (~np.isnan(drawn)).sum(0))
     return np.where(np.isnan(value), np.nan, result)
+
+
+def weighted_correlation(weights: Array, x: Array, y: Array) -> Array:
+    """Pearson's r of the columns of ``x`` [N,E] with those of ``y`` [N,E] or [N,1] under weights [D,N] (resamples):
+    [D,E], NaN where a column does not vary.
+    """
+    total = weights.sum(1, keepdims=True)
+    x, y = x - x.mean(0), y - y.mean(0)  # first, so that the moments below do not cancel
+    mean_x, mean_y = weights @ x / total, weights @ y / total
+    covariance = weights @ (x * y) / total - mean_x * mean_y
+    square = (weights @ x**2 / total - mean_x**2) * (weights @ y**2 / total - mean_y**2)
+    r: Array = np.clip(ratio(covariance, np.sqrt(np.where(square > 1e-24, square, 0.0))), -1, 1)
+    return r
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

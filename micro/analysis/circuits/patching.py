@@ -20,7 +20,7 @@ from micro.analysis.circuits.components import Component, Level, components
 from micro.analysis.circuits.prompts import EncodedPair, PromptPair, encode_pair
 from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
-from micro.analysis.statistics import interval
+from micro.analysis.statistics import mean_interval
 from micro.interventions.points import Point
 from micro.progress import track
 
@@ -54,20 +54,15 @@ class PatchingResult(Result):
         """One row per component: mean effect with a 95 % bootstrap interval over pairs, and the screen's mean."""
         import pandas as pd
 
-        rows = []
-        for part, effects, estimates in zip(self.components, self.effect, self.screen, strict=True):
-            measured = np.asarray(effects, dtype=np.float64)
-            low, high = _mean_interval(measured)
-            rows.append(
-                {
-                    "component": Component(**part).label(self.experts),
-                    "effect": float(np.mean(measured)),
-                    "low": low,
-                    "high": high,
-                    "first_order": float(np.mean(estimates)),
-                }
-            )
-        return pd.DataFrame(rows).sort_values("effect", ascending=False, key=np.abs, ignore_index=True)
+        low, high = mean_interval(np.transpose(self.effect))
+        columns = {
+            "component": [Component(**part).label(self.experts) for part in self.components],
+            "effect": np.mean(self.effect, axis=1),
+            "low": low,
+            "high": high,
+            "first_order": np.mean(self.screen, axis=1),
+        }
+        return pd.DataFrame(columns).sort_values("effect", ascending=False, key=np.abs, ignore_index=True)
 
     def plot(self) -> Figure:
         from micro.analysis.circuits.figures import patching_figure
@@ -80,14 +75,6 @@ class PatchingResult(Result):
         pairs = f"{len(self.clean)} pairs" if len(self.clean) > 1 else "1 pair, so without intervals"
         most = ", the 20 largest shown" if len(self.components) > 20 else ""
         return f"{shown}\n{pairs} ({left}), {len(self.components)} components{most}"
-
-
-def _mean_interval(values: np.ndarray[Any, Any], draws: int = 2000) -> tuple[float, float]:
-    if len(values) < 2 or not np.isfinite(values).all():
-        return float("nan"), float("nan")
-    index = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = interval(values[index].mean(1))
-    return float(low), float(high)
 
 
 def patching(

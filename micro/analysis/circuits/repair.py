@@ -20,8 +20,8 @@ from micro import interventions as iv
 from micro.analysis.circuits.patching import same_routes
 from micro.analysis.circuits.prompts import Text, one_token, token_ids
 from micro.analysis.modes import evaluating
-from micro.analysis.result import Result
-from micro.analysis.statistics import interval
+from micro.analysis.result import Result, plain
+from micro.analysis.statistics import mean_interval
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class RepairResult(Result):
     logit_replayed: dict[str, list[float]]
     logit_free: dict[str, list[float]]
     compensation: dict[str, list[list[float]]]  # [removed layer][later layer], routes replayed
-    interval: dict[str, list[list[list[float]]]]  # [layer][direct, total replayed, total free][low, high]
+    # [layer][direct, total replayed, total free][low, high]; null of a single prompt
+    interval: dict[str, list[list[list[float | None]]]]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def repaired(self, part: str) -> tuple[list[float], list[float]]:
@@ -139,7 +140,8 @@ def self_repair(
         for part in parts:
             work = track(runs, f"self-repair, {part}", unit="prompts", enabled=progress)
             several = np.stack([run.remove(part, wanted) for run in work])
-            found[part], intervals[part] = several.mean(0), _intervals(several[:, :, :3])
+            found[part] = several.mean(0)
+            intervals[part] = plain(np.stack(mean_interval(several[:, :, :3]), -1))
     return RepairResult(
         prompts=len(prompts),
         direct={part: values[:, 0].tolist() for part, values in found.items()},
@@ -157,16 +159,6 @@ def self_repair(
             "parts": list(parts),
         },
     )
-
-
-def _intervals(values: np.ndarray[Any, Any]) -> Any:
-    """Of the means over prompts [P,layers,quantities]: [layers][quantities][low, high]; null for a single prompt."""
-    if len(values) < 2:
-        return [[[None, None]] * values.shape[2]] * values.shape[1]
-    drawn = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    weights = np.stack([np.bincount(row, minlength=len(values)) for row in drawn]) / len(values)
-    low, high = interval(np.einsum("dp,plq->dlq", weights, values))
-    return np.stack([low, high], -1).tolist()
 
 
 class _PromptRun:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def localizer_figure(result: LocalizerResult) -> Figure:
     expected = 100 * result.selected / result.units
     for ax, e in zip(axes, order, strict=False):
         edges = np.append(layers - 0.5, len(layers) - 0.5)
-        band = {"fill": True, "color": "#dadce0", "zorder": 1, "label": "95 % of random masks"}
+        band: dict[str, Any] = {"fill": True, "color": "#dadce0", "zorder": 1, "label": "95 % of random masks"}
         ax.stairs(chance[:, e, 1], edges, baseline=chance[:, e, 0], **band)
         ax.bar(layers, rate[:, e], width=0.7, color=colours[e], zorder=2)
         ax.axhline(expected, color=GREY, linewidth=1, linestyle="--", zorder=3, label="their mean")

@@ -22,7 +22,7 @@ from micro.analysis.routes.passes import (
     drawn_samples,
     traces,
 )
-from micro.analysis.statistics import Array, hierarchical_bootstrap, interval, ratio
+from micro.analysis.statistics import Array, hierarchical_bootstrap, interval, ratio, weighted_correlation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -275,16 +275,16 @@ class _Pair:
         tokens = weights @ self.tokens
         same = weights @ self.same / tokens[:, None]
         p, q = ((weights @ u.reshape(len(u), -1)).reshape(shape) / tokens[:, None, None] for u in self.usage)
-        chance = (p * q).sum(-1)
+        chance, (divergence, variation) = (p * q).sum(-1), _distances(p, q)
         kept = counted_layers(self.layers)
         samples = [u[:, kept].sum(1) / (self.tokens[:, None] * len(kept)) for u in self.usage]
         return {
             "agreement": same,
             "chance": chance,
             "kappa": ratio(same - chance, 1 - chance),
-            "divergence": np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0),
-            "variation": np.abs(p - q).sum(-1) / 2,
-            "correlation": _correlation(weights, *samples),
+            "divergence": divergence,
+            "variation": variation,
+            "correlation": weighted_correlation(weights, *samples),
         }
 
 
@@ -293,15 +293,9 @@ def _usage(decisions: NDArray[Any], experts: int) -> Array:
     return counts
 
 
-def _correlation(weights: Array, x: Array, y: Array) -> Array:
-    """Weighted Pearson correlation of the columns, weights [D,N], x and y [N,E] -> [D,E]; NaN where one is constant."""
-    total = weights.sum(1, keepdims=True)
-    x, y = x - x.mean(0), y - y.mean(0)  # first, so that the moments below do not cancel
-    mean_x, mean_y = weights @ x / total, weights @ y / total
-    covariance = weights @ (x * y) / total - mean_x * mean_y
-    square = (weights @ x**2 / total - mean_x**2) * (weights @ y**2 / total - mean_y**2)
-    result: Array = np.clip(ratio(covariance, np.sqrt(np.where(square > 1e-24, square, 0.0))), -1, 1)
-    return result
+def _distances(p: Array, q: Array) -> tuple[Array, Array]:
+    """Jensen-Shannon divergence in nats and total variation of distributions [..., E]."""
+    return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0), np.abs(p - q).sum(-1) / 2
 
 
 def _summed(numbers: dict[str, Array]) -> dict[str, Array]:
@@ -361,8 +355,7 @@ def _other_samples(name: str, decisions: Decisions, experts: int, draws: int, se
         usage = [_usage(np.concatenate([decisions[i] for i in half], 1), experts) for half in halves]
         p, q = (u / u.sum(-1, keepdims=True) for u in usage)
         numbers = _numbers(pair)
-        numbers["divergence_by_layer"] = np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)
-        numbers["variation_by_layer"] = np.abs(p - q).sum(-1) / 2
+        numbers["divergence_by_layer"], numbers["variation_by_layer"] = _distances(p, q)
         for kind in ("divergence", "variation"):
             numbers[kind] = numbers[f"{kind}_by_layer"].mean(0)
         entries.append(numbers)

@@ -13,7 +13,16 @@ import numpy as np
 from micro.analysis.result import Result, plain
 from micro.analysis.routes.counting import counted_layers
 from micro.analysis.routes.passes import SampleCounts, SentenceTokens, sentence_samples, traces
-from micro.analysis.statistics import Array, hierarchical_bootstrap, holm, permutation_p, ratio
+from micro.analysis.statistics import (
+    CHUNK_NUMBERS,
+    Array,
+    hierarchical_bootstrap,
+    holm,
+    permutation_p,
+    pieces,
+    ratio,
+    weighted_correlation,
+)
 from micro.errors import require
 
 if TYPE_CHECKING:
@@ -215,18 +224,14 @@ def correlations(
             continue
         r[:, k] = _pearson(x, y[None])[0]
         generator = np.random.default_rng(seed)
-        drawn = [generator.permuted(np.tile(y, (size, 1)), axis=1) for size in _pieces(permutations, len(y))]
-        null = np.concatenate([_pearson(x, part) for part in drawn])
+        sizes = pieces(permutations, CHUNK_NUMBERS // len(y))
+        shuffled = (generator.permuted(np.tile(y, (size, 1)), axis=1) for size in sizes)
+        null = np.concatenate([_pearson(x, part) for part in shuffled])
         p[:, k] = permutation_p(r[:, k], null, alternative="two-sided")
-        statistic = partial(_weighted_pearson, x=x, y=y)
+        statistic = partial(weighted_correlation, x=x, y=y[:, None])
         low, high = hierarchical_bootstrap([np.arange(len(y))], statistic, draws=draws, seed=seed)
         interval[:, k] = np.stack([low, high], -1)
     return {"correlation": r, "interval": interval, "p": p, "p_holm": holm(p)}
-
-
-def _pieces(draws: int, size: int) -> list[int]:
-    step = max(1, (1 << 22) // size)
-    return [min(step, draws - i) for i in range(0, draws, step)]
 
 
 def _pearson(x: Array, y: Array) -> Array:
@@ -234,13 +239,3 @@ def _pearson(x: Array, y: Array) -> Array:
     a, b = x - x.mean(0), y - y.mean(1, keepdims=True)
     sizes = np.sqrt((a**2).sum(0) * (b**2).sum(1, keepdims=True))
     return ratio(b @ a, np.where(sizes > 1e-12, sizes, 0.0))
-
-
-def _weighted_pearson(weights: Array, x: Array, y: Array) -> Array:
-    """Weights [D,N], x [N,E], y [N] -> [D,E]."""
-    a, b = x - x.mean(0), (y - y.mean())[:, None]
-    total = weights.sum(1, keepdims=True)
-    mean_a, mean_b = weights @ a / total, weights @ b / total
-    covariance = weights @ (a * b) / total - mean_a * mean_b
-    sizes = (weights @ a**2 / total - mean_a**2) * (weights @ b**2 / total - mean_b**2)
-    return ratio(covariance, np.sqrt(np.where(sizes > 1e-24, sizes, 0.0)))

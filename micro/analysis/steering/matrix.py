@@ -16,7 +16,7 @@ import torch
 from micro.analysis.ablations.scores import GROUP, ScoreStore
 from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
-from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, ratio
+from micro.analysis.statistics import Array, bootstrap, holm, permutation_p, pieces, ratio
 from micro.analysis.suites import SHARE, ManySuite, Suite, Traits, traits
 from micro.experts import NAMES
 from micro.progress import Progress, track
@@ -318,8 +318,8 @@ def sign_flips(differences: Array, counts: Array, draws: int, seed: int) -> Arra
     generator = np.random.default_rng(seed)
     items = np.where(counts.sum(0) > 0, counts.sum(0), np.nan)
     parts = []
-    for first in range(0, draws, CHUNK):
-        signs = generator.choice([-1.0, 1.0], size=(min(CHUNK, draws - first), differences.shape[1]))
+    for some in pieces(draws, CHUNK):
+        signs = generator.choice([-1.0, 1.0], size=(some, differences.shape[1]))
         parts.append(np.einsum("dr,crk->dck", signs, differences, optimize=True) / items)
     return permutation_p(differences.sum(1) / items, np.concatenate(parts), alternative="two-sided")
 

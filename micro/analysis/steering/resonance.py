@@ -20,7 +20,7 @@ from micro.analysis.batches import Row, batches
 from micro.analysis.inputs import counted, input_rows
 from micro.analysis.modes import evaluating
 from micro.analysis.result import Result
-from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p, ratio
+from micro.analysis.statistics import Array, benjamini_hochberg, bootstrap, permutation_p, pieces, ratio
 from micro.analysis.steering.matrix import mean_change, scored, sign_flips, unit_of_changes
 from micro.analysis.suites import LossSuite, Suite, traits
 from micro.errors import require
@@ -294,8 +294,8 @@ def _permuted(sets: Sequence[Array], draws: int, seed: int) -> tuple[Array, Arra
     observed = flat[:count].mean(0) - flat[count:].mean(0)
     generator = np.random.default_rng(seed)
     parts = []
-    for first in range(0, draws, CHUNK):
-        order = generator.permuted(np.tile(np.arange(total), (min(CHUNK, draws - first), 1)), axis=1)
+    for some in pieces(draws, CHUNK):
+        order = generator.permuted(np.tile(np.arange(total), (some, 1)), axis=1)
         sign = np.where(order < count, 1 / count, -1 / (total - count))
         parts.append(sign @ flat)
     null = np.concatenate(parts)
@@ -341,8 +341,8 @@ def cost_correlation(
 
     rho = float(correlations(np.arange(total)[None] < a)[0])
     generator, parts = np.random.default_rng(seed), []
-    for first in range(0, draws, CHUNK):
-        order = generator.permuted(np.tile(np.arange(total), (min(CHUNK, draws - first), 1)), axis=1)
+    for some in pieces(draws, CHUNK):
+        order = generator.permuted(np.tile(np.arange(total), (some, 1)), axis=1)
         parts.append(correlations(order < a))
     null = np.concatenate(parts) if parts else np.zeros(0)
     null = null[~np.isnan(null)]

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
 
 from micro.analysis import AblationReport, RoutingReport, majority_vote, usage_counts
+from micro.analysis.modes import evaluating
+from micro.analysis.result import plain
 from micro.analysis.routes.counting import counted_layers, entropy
 from micro.analysis.statistics import bootstrap
 from micro.experts import NAMES
@@ -132,3 +135,40 @@ def test_the_routing_report_names_dead_cells_and_fair_shares():
 def test_reports_draw_themselves():
     assert len(routing_report().plot().axes) == 2
     assert len(ablation_report().plot().axes) == 1
+
+
+def test_a_model_is_measured_without_noise_and_gradient_and_left_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.9))
+    for training in (True, False):
+        model.train(training)
+        with pytest.raises(KeyError), evaluating(model):
+            assert not any(part.training for part in model.modules())
+            assert not model(torch.ones(1, 2)).requires_grad
+            raise KeyError
+        assert all(part.training is training for part in model.modules())
+    with evaluating(object()):  # what is no module has no mode
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_pass_over_batches_leaves_gradients_to_its_caller():
+    from small_models import small_model
+
+    from micro.analysis.routes.passes import sentence_samples, traces
+    from micro.testing import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    model = small_model(vocab_size=len(tokenizer), jitter_noise=0.1).train()
+    samples = sentence_samples(["The key is here.", "Who is sad?"], tokenizer, what="t", chat=False)
+    passes = traces(model, samples, tokenizer, max_tokens=8)
+    next(passes)
+    assert torch.is_grad_enabled() and not model.training
+    passes.close()
+    assert torch.is_grad_enabled() and model.training
+
+
+def test_numbers_of_a_result_are_plain():
+    values = [np.float32(0.5), np.array([[1.0, np.nan]]), (np.int64(3), None, "a"), float("nan"), True]
+    got = plain(values)
+    assert got == [0.5, [[1.0, None]], [3, None, "a"], None, True]
+    assert type(got[2][0]) is int and type(got[0]) is float

@@ -11,8 +11,10 @@ from micro.analysis.statistics import (
     hierarchical_draws,
     holm,
     interval,
+    mean_interval,
     paired_bootstrap,
     permutation_p,
+    weighted_correlation,
 )
 
 
@@ -27,6 +29,26 @@ def test_the_interval_leaves_out_undefined_draws():
     assert np.isnan([low[1], high[1]]).all()
     with pytest.raises(ValueError, match="level"):
         interval(values, level=95)
+
+
+def test_the_interval_of_means_is_that_of_their_standard_errors():
+    values = np.random.default_rng(0).normal(size=(200, 3, 2)) * [[1], [5], [0]]
+    low, high = mean_interval(values, draws=4000)
+    assert low.shape == high.shape == (3, 2)
+    assert high - low == pytest.approx(2 * 1.96 * values.std(0) / np.sqrt(200), rel=0.07)
+    assert np.isnan(mean_interval(values[:1])).all()
+
+
+def test_the_weighted_correlation_is_pearsons_of_repeated_rows():
+    generator = np.random.default_rng(2)
+    x, y = generator.normal(size=(30, 3)) + 1e6, generator.normal(size=(30, 1))
+    y[:, 0] += x[:, 1] - 1e6
+    weights = generator.integers(0, 4, size=(5, 30)).astype(float)
+    got = weighted_correlation(weights, x, y)
+    for d, counts in enumerate(weights.astype(int)):
+        want = [stats.pearsonr(np.repeat(x[:, e], counts), np.repeat(y[:, 0], counts)).statistic for e in range(3)]
+        assert got[d] == pytest.approx(want)
+    assert np.isnan(weighted_correlation(weights, np.ones((30, 1)), y)).all()
 
 
 def test_the_binomial_interval_is_scipys_and_has_a_width_at_the_ends():
