@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -31,12 +32,16 @@ class Result(ABC):
     """Base of all reports. A subclass is a dataclass that names itself, holds JSON types only, and draws itself."""
 
     name: ClassVar[str]
+    apart: ClassVar[tuple[str, ...]] = ()  # fields that :meth:`save` of a subclass writes to files of their own
     settings: dict[str, Any]  # how the numbers were made; commands add what they were called with
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers and settings, as JSON types."""
-        content: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        return content
+        """All numbers and settings, as JSON types, without what is kept apart."""
+        return {
+            f.name: deepcopy(getattr(self, f.name))
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.name not in self.apart
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:

@@ -35,13 +35,11 @@ class HarnessResult(Result):
     """
 
     name: ClassVar[str] = "harness"
+    apart: ClassVar[tuple[str, ...]] = ("samples",)
 
     rows: list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "settings": self.settings}
 
     def table(self) -> pd.DataFrame:
         return require("pandas", "eval", "HarnessResult.table").DataFrame(self.rows)

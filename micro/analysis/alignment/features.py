@@ -11,10 +11,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from micro import interventions as iv
 from micro.analysis.alignment.ridge import matrix
 from micro.analysis.batches import Row, batches, text_row
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array
+from micro.interventions.points import axis, depth, width
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -149,9 +151,6 @@ def pooled_activations(
     Raises:
         ValueError: no texts, an empty text, an unknown pooling, mode, layer or expert.
     """
-    from micro import interventions as iv
-    from micro.interventions.points import axis, depth, width
-
     if pooling not in ("mean", "last") or tokens not in ("all", "zero"):
         raise ValueError(f'pooling must be "mean" or "last" and tokens "all" or "zero", got {pooling!r}, {tokens!r}')
     iv.read(point)  # checks the point

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +34,7 @@ class AlignmentResult(Result):
     """
 
     name: ClassVar[str] = "alignment"
+    apart: ClassVar[tuple[str, ...]] = ("voxels",)
 
     stimuli: int
     voxels_included: int
@@ -51,9 +52,6 @@ class AlignmentResult(Result):
     def self_test_passed(self) -> dict[str, bool]:
         """Per metric: did every target come first?"""
         return {metric: all(row["rank"] == 1 for row in rows) for metric, rows in self.self_test.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "voxels"}
 
     def save(self, folder: str | Path) -> None:
         """Write ``alignment.json``, ``alignment.csv`` and, with r per voxel, ``alignment_voxels.npz``."""

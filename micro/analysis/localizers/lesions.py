@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from micro import interventions as iv
 from micro.analysis.batches import IGNORED, batches, shifted, token_losses
 from micro.analysis.inputs import input_rows
 from micro.analysis.localizers.result import LesionResult, LocalizerResult
 from micro.analysis.localizers.statistics import Mask
+from micro.analysis.localizers.units import UnitReader
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, bootstrap, permutation_p, ratio
 from micro.analysis.suites import NATS, LossSuite, Suite, traits
@@ -20,7 +22,6 @@ from micro.progress import track
 
 if TYPE_CHECKING:
     from micro.data import Record
-    from micro.interventions import Action
     from micro.modeling import MiCRoForCausalLM
 
 FEWEST_FOR_P = 99  # random masks; below, a p value could not go under 0.01
@@ -51,15 +52,12 @@ class TextSuite:
         return sums, counts
 
 
-def silence(model: MiCRoForCausalLM, unit: str, mask: Mask | Tensor) -> Action:
+def silence(model: MiCRoForCausalLM, unit: str, mask: Mask | Tensor) -> iv.Action:
     """The action that sets the units of a mask [L,E,W] to zero: B_e(x) * (1 - mask) for unit "block_output".
 
     Raises:
         ValueError: the mask does not have the shape of the model's units.
     """
-    from micro import interventions as iv
-    from micro.analysis.localizers.units import UnitReader
-
     tensor = torch.as_tensor(mask)
     shape = UnitReader(unit, "all", "mean").shape(model)
     if tuple(tensor.shape) != shape or tensor.dtype != torch.bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -33,6 +33,7 @@ class LocalizerResult(Result):
     """
 
     name: ClassVar[str] = "localizer"
+    apart: ClassVar[tuple[str, ...]] = ARRAYS
 
     localizer: str
     source: str
@@ -59,10 +60,6 @@ class LocalizerResult(Result):
     p: Array | None = field(default=None, repr=False, compare=False)
     q: Array | None = field(default=None, repr=False, compare=False)
     mask: Mask | None = field(default=None, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ARRAYS}
 
     def save(self, folder: str | Path) -> None:
         """Write ``localizer.json``, ``.csv`` (experts), ``localizer_cells.csv`` and the arrays, ``localizer.npz``."""

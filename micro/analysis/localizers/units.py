@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from micro import interventions as iv
 from micro.analysis.batches import by_length
 from micro.analysis.localizers.stimuli import POOLINGS
 from micro.analysis.modes import evaluating
 from micro.errors import choices
+from micro.interventions.points import axis, width
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -52,8 +54,6 @@ class UnitReader:
 
     def shape(self, model: MiCRoForCausalLM) -> tuple[int, int, int]:
         """(L, E, W) of the units; E is 1 where a row belongs to a token and not to an expert."""
-        from micro.interventions.points import axis, width
-
         config = model.config
         point: Any = self.unit
         return int(config.num_hidden_layers), axis(config, point), width(config, point)
@@ -77,8 +77,6 @@ class UnitReader:
     def _batch(
         self, model: MiCRoForCausalLM, rows: Sequence[Sequence[int]], shape: tuple[int, int, int], dtype: torch.dtype
     ) -> Tensor:
-        from micro import interventions as iv
-
         lengths = torch.tensor([len(row) for row in rows])
         slots = torch.arange(int(lengths.max()))
         ids = torch.zeros(len(rows), len(slots), dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,6 +54,7 @@ class RoutingReport(Result):
     """
 
     name: ClassVar[str] = "routing"
+    apart: ClassVar[tuple[str, ...]] = ("counts",)
 
     experts: list[str]
     samples: int
@@ -106,9 +107,6 @@ class RoutingReport(Result):
     def dead_cells(self) -> list[tuple[int, str]]:
         """(layer, expert) that no slot chose."""
         return [(int(l), self.experts[e]) for l, e in np.argwhere(np.asarray(self.load_share) == 0)]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
 
     def save(self, folder: str | Path) -> None:
         """``routing.json`` and ``.csv``, ``routing_layers.csv``, ``routing_groups.csv`` where there are groups or

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from micro import interventions as iv
 from micro.analysis.batches import batches
 from micro.analysis.modes import evaluating
 from micro.analysis.result import Result, plain
@@ -149,8 +150,6 @@ def _mean_directions(
     controls: dict[str, Any],
 ) -> Array:
     """Mean over the counted tokens of B_e(x) / |B_e(x)|, float64 [L,B,H], with every token routed to one expert."""
-    from micro import interventions as iv
-
     counted = samples.counted(indices, batch)
     with model.intervene(iv.read("block_output", experts=expert, positions=counted, name="out")) as run:
         model.model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +27,7 @@ class CogBenchResult(Result):
     """
 
     name: ClassVar[str] = "cogbench"
+    apart: ClassVar[tuple[str, ...]] = ("tables",)
 
     preset: str
     baseline: str
@@ -44,9 +45,6 @@ class CogBenchResult(Result):
     details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tables"}
 
     def rows(self) -> list[dict[str, Any]]:
         """One entry per metric, behaviour first: value, interval, human, random, s and bounded relative error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +32,7 @@ class SuitesResult(Result):
     """
 
     name: ClassVar[str] = "suites"
+    apart: ClassVar[tuple[str, ...]] = ("outcomes",)
 
     conditions: list[str]
     rows: list[dict[str, Any]]
@@ -40,9 +41,6 @@ class SuitesResult(Result):
     settings: dict[str, Any] = field(default_factory=dict)
     note: str = NOTE
     outcomes: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "outcomes"}
 
     def table(self) -> pd.DataFrame:
         """One line per task, row and condition; the means over rows come first."""
