@@ -224,7 +224,11 @@ def test_a_result_reads_back_with_its_arrays(tmp_path, planted):
     (tmp_path / "localizer.npz").unlink()
     bare = analysis.LocalizerResult.load(tmp_path)
     assert bare == result and bare.mask is None
-    assert len(bare.plot().axes) == 4
+    figure = bare.plot()
+    assert len(figure.axes) == 4
+    band, *bars = figure.axes[0].patches
+    assert band.get_zorder() < min(bar.get_zorder() for bar in bars)  # chance lies behind what was found
+    assert "95 % of random masks" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert list(bare.table()["expert"]) == ["language", "logic", "social", "world"]
     assert len(bare.cells()) == 8 and bare.cells()["selected"].sum() == result.selected
     with pytest.raises(ValueError, match=r"localizer\.npz"):

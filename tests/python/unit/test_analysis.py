@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from micro.analysis import AblationReport, RoutingReport, majority_vote, usage_counts
+from micro.analysis.figures import depth_upward, heat_map, new_figure, shown_order
 from micro.analysis.modes import evaluating
 from micro.analysis.result import plain
 from micro.analysis.routes.counting import counted_layers, entropy
@@ -135,6 +136,22 @@ def test_the_routing_report_names_dead_cells_and_fair_shares():
 def test_reports_draw_themselves():
     assert len(routing_report().plot().axes) == 2
     assert len(ablation_report().plot().axes) == 1
+
+
+def test_a_heat_map_writes_its_numbers_and_depth_grows_upward():
+    (ax,) = new_figure(4, 4)[1]
+    values = [[0.1, None], [-0.95, 0.5], [0.0, 1.0]]
+    heat_map(ax, values, ["0", "1", "2"], ["a", "b"], signed=True, starred=np.array([[True, False]] * 3))
+    depth_upward(ax, 3)
+    assert [text.get_text() for text in ax.texts] == ["+0.10*", "", "-0.95*", "+0.50", "+0.00*", "+1.00"]
+    assert ax.texts[2].get_color() == "white" and ax.texts[3].get_color() == "black"
+    assert ax.get_ylim() == (-0.5, 2.5)
+    assert ax.images[0].get_array()[2, 1] == 1.0  # the numbers stay with their rows
+
+
+def test_names_stand_in_the_order_of_all_figures():
+    names = ["tail", "social", "other", "language", "world", "logic"]
+    assert [names[i] for i in shown_order(names)] == ["language", "logic", "social", "world", "tail", "other"]
 
 
 def test_a_model_is_measured_without_noise_and_gradient_and_left_as_it_was():

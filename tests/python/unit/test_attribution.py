@@ -162,7 +162,9 @@ def test_a_report_is_saved_loaded_and_drawn(tmp_path):
     report.save(tmp_path)
     again = AttributionReport.load(tmp_path)
     assert again == report
-    assert isinstance(again.plot(), Figure)
+    figure = again.plot()
+    assert isinstance(figure, Figure)
+    assert all(ax.get_ylim()[0] < ax.get_ylim()[1] for ax in figure.axes)  # depth grows upward
     assert "parts sum to the logits" in str(report)
     assert len(report.cells()) <= 4 * 4 * 3
     assert report.table().share.groupby(report.table().layer).sum().tolist() == pytest.approx([1, 1, 1])

@@ -334,4 +334,6 @@ def test_results_print_draw_and_come_back_from_disk(tmp_path):
         assert kind.load(tmp_path) == result
         json.loads((tmp_path / f"{result.name}.json").read_text())
         assert len(str(result)) > 50
-        result.plot().savefig(tmp_path / f"{result.name}.png")
+        figure = result.plot()
+        figure.savefig(tmp_path / f"{result.name}.png")
+        assert all(ax.get_ylim()[0] < ax.get_ylim()[1] for ax in figure.axes)  # layer 0 at the bottom of maps

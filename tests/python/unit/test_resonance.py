@@ -169,7 +169,9 @@ def test_a_report_is_saved_loaded_and_drawn(report, tmp_path):
     report.save(tmp_path)
     again = ResonanceReport.load(tmp_path)
     assert again == report
-    assert isinstance(again.plot(), Figure)
+    figure = again.plot()
+    assert isinstance(figure, Figure)
+    assert all(ax.get_ylim()[0] < ax.get_ylim()[1] for ax in figure.axes)  # layer 0 at the bottom
     assert tuple(report.table().iloc[0][["layer", "expert"]]) == (2, "social")
     for text in (
         "suppressed together (2 social)",

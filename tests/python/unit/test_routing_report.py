@@ -281,6 +281,8 @@ def test_figures_fit_their_pages(model, tokenizer, tmp_path):
     drawn = (report.plot(), *(f(report) for f in (layers_figure, groups_figure, layer_maps_figure, flow_figure)))
     for i, figure in enumerate(drawn):
         figure.savefig(tmp_path / f"{i}.png")
+    for ax in [*drawn[3].axes, drawn[4].axes[0]]:
+        assert ax.get_ylim()[0] < ax.get_ylim()[1]  # layer 0 at the bottom
     bare = routing(model, tokenizer, ["The sum of 12 and 7."], draws=20)
     for figure in (groups_figure, layer_maps_figure):
         with pytest.raises(ValueError, match="neither groups nor labels"):
