@@ -48,10 +48,15 @@ GOALS = [
     *_goals(
         "lower",
         ("G2/512", "prefill time over dense transformers, T = 512", 0.95, 0.75),
+        ("G2/512/engine", "the same, engine", 0.95, 0.75),
         ("G2/2048", "prefill time over dense transformers, T = 2048", 1.2, 1.2),
+        ("G2/2048/engine", "the same, engine", 1.2, 1.2),
         ("G2/64", "prefill time over dense transformers, T = 64", None, None),
+        ("G2/64/engine", "the same, engine", None, None),
         ("G2b/llama", "prefill time over dense, Llama-1B shape, 4 layers, T = 512", 1.0, 0.9),
+        ("G2b/llama/engine", "the same, engine", 1.0, 0.9),
         ("G2b/olmo2", "prefill time over dense, OLMo-2-1B shape, 4 layers, T = 512", 1.25, 1.1),
+        ("G2b/olmo2/engine", "the same, engine", 1.25, 1.1),
     ),
     *_goals(
         "higher",

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from engine import EnginePrefill, open_engine
 from experiment import BF16, DTYPES, Experiment, Table, wants
 from goals import Line, Skipped
 from jobs import Prefill
 from lab import Lab, Models, Side
 from outputs import compare
 from shapes import LLAMA_1B, OLMO2_1B, SMOLLM2_135M, Shape, prompt
+
+DENSE = "dense transformers, sdpa"
 
 
 def prefill(lab: Lab, shape: Shape, dtype: str, tokens: int, over: str | None, dense: str | None) -> Iterator[Line]:
@@ -29,12 +32,16 @@ def prefill(lab: Lab, shape: Shape, dtype: str, tokens: int, over: str | None, d
     if dense is not None and wants(lab, dense):
         sides["dense"] = Prefill(models.dense, ids)
         compared["dense"] = against_dense(models, ids)
+        sides["engine"] = EnginePrefill(open_engine(models.ours), ids)
+        last = {"logits": traced["logits"][:, -1:]}
+        compared["engine"] = compare("engine against the model", sides["engine"].outputs(), last, models.dtype)
     table = Table(lab, lab.rounds({name: side.seconds for name, side in sides.items()}))
     note = f"fast numerics differ by {fast['logits']:.2g}"
     if "theirs" in sides and over is not None:
         yield table.line(over, "ours", "theirs", lab.reference_name, compared["theirs"], fast="fast", note=note)
     if "dense" in sides and dense is not None:
-        yield table.line(dense, "ours", "dense", "dense transformers, sdpa", compared["dense"], fast="fast", note=note)
+        yield table.line(dense, "ours", "dense", DENSE, compared["dense"], fast="fast", note=note)
+        yield table.line(f"{dense}/engine", "engine", "dense", DENSE, compared["engine"], note="packed weights")
 
 
 def against_dense(models: Models, ids: torch.Tensor) -> dict[str, float]:
@@ -85,19 +92,19 @@ def threads(lab: Lab) -> Iterator[Line | Skipped]:
 EXPERIMENTS = [
     Experiment(
         "prefill_512",
-        ("G1/512/bf16", "G2/512"),
+        ("G1/512/bf16", "G2/512", "G2/512/engine"),
         2,
         partial(prefill, shape=SMOLLM2_135M, dtype="bf16", tokens=512, over="G1/512/bf16", dense="G2/512"),
     ),
     Experiment(
         "prefill_64",
-        ("G2/64",),
+        ("G2/64", "G2/64/engine"),
         0.3,
         partial(prefill, shape=SMOLLM2_135M, dtype="bf16", tokens=64, over=None, dense="G2/64"),
     ),
     Experiment(
         "prefill_2048",
-        ("G1/2048/bf16", "G2/2048"),
+        ("G1/2048/bf16", "G2/2048", "G2/2048/engine"),
         7,
         partial(prefill, shape=SMOLLM2_135M, dtype="bf16", tokens=2048, over="G1/2048/bf16", dense="G2/2048"),
     ),
@@ -106,7 +113,7 @@ EXPERIMENTS = [
     *(
         Experiment(
             f"prefill_1b_{shape.backbone}",
-            (f"G1b/{shape.backbone}", f"G2b/{shape.backbone}"),
+            (f"G1b/{shape.backbone}", f"G2b/{shape.backbone}", f"G2b/{shape.backbone}/engine"),
             2.5,
             partial(
                 prefill,

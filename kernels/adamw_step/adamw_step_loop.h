@@ -29,21 +29,54 @@ inline Acc adamw(Acc gradient, Acc& first, Acc& second, Acc value, const AdamWFa
   return value * f.decay - f.step_size * first / (root(second) * f.inverse_root + f.eps);
 }
 
+// Four or five streams at once are more than the hardware follows across small pages: asking for each of them this far
+// ahead is worth a quarter of the time. Past the end of a tensor a request is ignored.
+constexpr int64_t kAhead = 16 * 1024;  // bytes
+constexpr int64_t kStep = 32;          // elements
+
+template <class T>
+inline void ask_ahead(const T* stream) {
+  constexpr int64_t kLine = 64;
+  for (int64_t at = 0; at < kStep * static_cast<int64_t>(sizeof(T)); at += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(stream) + kAhead + at);
+}
+
 template <class Acc>
-void same_type(const Acc* __restrict gradient, Acc* __restrict first, Acc* __restrict second, Acc* __restrict value,
-               int64_t size, const AdamWFactors<Acc>& factors) {
-  const AdamWFactors<Acc> f = factors;
+inline void some(const Acc* __restrict gradient, Acc* __restrict first, Acc* __restrict second, Acc* __restrict value,
+                 int64_t size, const AdamWFactors<Acc>& f) {
   for (int64_t i = 0; i < size; ++i) value[i] = adamw(gradient[i], first[i], second[i], value[i], f);
 }
 
-void with_master(const uint16_t* __restrict gradient, float* __restrict first, float* __restrict second,
-                 float* __restrict value, uint16_t* __restrict parameter, int64_t size,
-                 const AdamWFactors<float>& factors) {
-  const AdamWFactors<float> f = factors;
+inline void some(const uint16_t* __restrict gradient, float* __restrict first, float* __restrict second,
+                 float* __restrict value, uint16_t* __restrict parameter, int64_t size, const AdamWFactors<float>& f) {
   for (int64_t i = 0; i < size; ++i) {
     value[i] = adamw(widen(gradient[i]), first[i], second[i], value[i], f);
     parameter[i] = narrow(value[i]);
   }
+}
+
+template <class Acc>
+void same_type(const Acc* gradient, Acc* first, Acc* second, Acc* value, int64_t size,
+               const AdamWFactors<Acc>& factors) {
+  const AdamWFactors<Acc> f = factors;
+  const int64_t whole = size / kStep * kStep;
+  for (int64_t i = 0; i < whole; i += kStep) {
+    ask_ahead(gradient + i), ask_ahead(first + i), ask_ahead(second + i), ask_ahead(value + i);
+    some(gradient + i, first + i, second + i, value + i, kStep, f);
+  }
+  some(gradient + whole, first + whole, second + whole, value + whole, size - whole, f);
+}
+
+void with_master(const uint16_t* gradient, float* first, float* second, float* value, uint16_t* parameter, int64_t size,
+                 const AdamWFactors<float>& factors) {
+  const AdamWFactors<float> f = factors;
+  const int64_t whole = size / kStep * kStep;
+  for (int64_t i = 0; i < whole; i += kStep) {
+    ask_ahead(gradient + i), ask_ahead(first + i), ask_ahead(second + i), ask_ahead(value + i);
+    ask_ahead(parameter + i);
+    some(gradient + i, first + i, second + i, value + i, parameter + i, kStep, f);
+  }
+  some(gradient + whole, first + whole, second + whole, value + whole, parameter + whole, size - whole, f);
 }
 
 constexpr AdamWLoops kLoops = {same_type<float>, same_type<double>, with_master};

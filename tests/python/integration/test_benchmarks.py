@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import random_ids, small_model
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "benchmarks" / "python"
@@ -197,3 +198,19 @@ def test_the_check_of_a_device_takes_the_copy_as_well(copy: Path) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith(("G3 ", "G9a", "G9b", "G9c"))]
     assert len(lines) == 3 + 2 + 1 + 1
     assert all("official classes (r2, transformers" in line for line in lines)
+
+
+def test_acceptance_counts_what_engine_and_model_have_in_common(scripts: Any) -> None:
+    import acceptance
+
+    model = small_model()
+    rows = random_ids(2, 6).tolist()
+    found = {"float32": acceptance.same_answers(model, rows, 5)}
+    sequences = found["float32"].pop("sequences")
+    for numerics in acceptance.NUMERICS:
+        found[f"bfloat16 {numerics}"] = acceptance.same_logits(model.bfloat16(), sequences, numerics)
+    assert found["float32"]["tokens"] == 10 and acceptance.holds(found)
+    spoilt = {**found, "float32": {**found["float32"], "equal_tokens": 9}}
+    assert not acceptance.holds(spoilt)
+    parts = found["bfloat16 reference"]
+    assert not acceptance.holds({**found, "bfloat16 reference": {**parts, "equal_bits": parts["logits"] - 1}})
