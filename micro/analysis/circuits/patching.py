@@ -177,11 +177,11 @@ class _PairRun:
         values: list[float] = []
         for first in range(0, len(parts), batch):
             chunk = parts[first : first + batch]
-            actions = [
-                iv.replace(self.point, source=self._at(row, part), rows=[row], name=str(row), **part.where())
-                for row, part in enumerate(chunk)
+            patches = [
+                [iv.replace(self.point, source=self.source.at(part.layer, part.expert), **part.where())]
+                for part in chunk
             ]
-            values += self._run(actions, len(chunk))
+            values += self._run(iv.side_by_side(patches), len(chunk))
         return [(value - self.corrupt) / (self.clean - self.corrupt) for value in values]
 
     def screen(self, parts: Sequence[Component]) -> list[float]:
@@ -205,13 +205,9 @@ class _PairRun:
         index = torch.tensor([key[k] for k in _keys(part)])
         return replace(part, values=((self.source.values[index] - part.values) * gradient).detach())
 
-    def _at(self, row: int, part: Component) -> Reading:
-        """The source of one component, as if it had been read in another row of the batch."""
-        mine = self.source.at(part.layer, part.expert)
-        return replace(mine, row=torch.full_like(mine.row, row))
-
     @torch.no_grad()
     def _run(self, actions: list[iv.Action], rows: int) -> list[float]:
+        """Difference m of each row. ``iv.variants`` would give the same, but forms the logits of all slots."""
         with self.model.intervene(*same_routes(self.scores, rows), *actions):
             out = self.model(self.ids.expand(rows, -1), use_cache=False, logits_to_keep=1)
         values: list[float] = self._difference(out.logits[:, -1]).tolist()

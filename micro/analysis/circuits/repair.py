@@ -182,10 +182,7 @@ class _PromptRun:
 
     def remove(self, part: Part, layers: list[int]) -> np.ndarray[Any, Any]:
         """[len(layers), 5 + L]: direct, total (replayed, free), logits (replayed, free), compensation per layer."""
-        actions = [
-            iv.zero(part, layers=layer, rows=[row], positions=[self.last], name=str(row))
-            for row, layer in enumerate(layers)
-        ]
+        actions = iv.side_by_side([[iv.zero(part, layers=layer, positions=[self.last])] for layer in layers])
         replayed, logit_replayed = self._run(actions, len(layers), replayed=True)
         free, logit_free = self._run(actions, len(layers), replayed=False)
         direct = self._direct(part, layers)
