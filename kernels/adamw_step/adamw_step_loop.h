@@ -44,11 +44,13 @@ inline void ask_ahead(const T* stream) {
 template <class Acc>
 inline void some(const Acc* __restrict gradient, Acc* __restrict first, Acc* __restrict second, Acc* __restrict value,
                  int64_t size, const AdamWFactors<Acc>& f) {
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) value[i] = adamw(gradient[i], first[i], second[i], value[i], f);
 }
 
 inline void some(const uint16_t* __restrict gradient, float* __restrict first, float* __restrict second,
                  float* __restrict value, uint16_t* __restrict parameter, int64_t size, const AdamWFactors<float>& f) {
+#pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     value[i] = adamw(widen(gradient[i]), first[i], second[i], value[i], f);
     parameter[i] = narrow(value[i]);
