@@ -207,5 +207,12 @@ def measure(
     return found
 
 
+def domain_losses(model: Any, items: Items) -> dict[str, float]:
+    """Held-out loss of each domain in nats per token, without steering: what the backbone had before any arm."""
+    sums, counts = item_losses(model, items, {}), items.counts()
+    of = {name: items.domains == index for index, name in enumerate(NAMES)}
+    return {name: round(float(sums[own].sum() / counts[own].sum()), 4) for name, own in of.items()}
+
+
 def _rounded(values: Array, digits: int) -> list[float]:
     return [round(float(value), digits) for value in values]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.replication import arms, backbone, cost, estimates, figures, verdict
+from benchmarks.replication import arms, backbone, cost, estimates, figures, measure, verdict
 from benchmarks.replication.arms import Places
+from benchmarks.replication.data import Items, held_out_records
 from benchmarks.replication.plan import Job, Plan, Pretraining, Setup, jobs
 from benchmarks.replication.verdict import Verdicts
 from micro.errors import RunError
 from micro.files import write_text
+from micro.training.backbone import quiet_transformers
 
 MOST_BYTES = 300_000  # of one committed file
 Say = Callable[[str], None]
@@ -96,7 +98,19 @@ def _pretrain(setup: Setup, settings: Pretraining, places: Places) -> None:
         places.work.mkdir(parents=True, exist_ok=True)
         backbone.train(settings, folder, precision=setup.precision)
     note = json.loads((folder / "pretraining.json").read_text())
+    note["held_out_loss"] = _before(setup, folder)
     write_text(places.results / f"backbone-{setup.name}.json", json.dumps(note, indent=1) + "\n")
+
+
+def _before(setup: Setup, folder: Path) -> dict[str, float]:
+    """What the backbone itself makes of the held-out answers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=backbone.DTYPES[setup.precision]).train(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    items = Items.of(held_out_records(setup), tokenizer, max_length=4 * setup.max_length, max_tokens=setup.eval_tokens)
+    return measure.domain_losses(model, items)
 
 
 def _run(job: Job, plan: Plan, places: Places, say: Say) -> None:

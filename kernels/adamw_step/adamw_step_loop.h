@@ -29,8 +29,8 @@ inline Acc adamw(Acc gradient, Acc& first, Acc& second, Acc value, const AdamWFa
   return value * f.decay - f.step_size * first / (root(second) * f.inverse_root + f.eps);
 }
 
-// Four or five streams at once are more than the hardware follows across small pages: asking for each of them this far
-// ahead is worth a quarter of the time. Past the end of a tensor a request is ignored.
+// Four or five streams at once are more than the hardware follows across small pages, so each is asked for this far
+// ahead. Past the end of a tensor a request is ignored.
 constexpr int64_t kAhead = 16 * 1024;  // bytes
 constexpr int64_t kStep = 32;          // elements
 
