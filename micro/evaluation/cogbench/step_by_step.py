@@ -8,8 +8,10 @@ tokens"). Prompt and reading are our own, since the protocol leaves them open:
   think step by step."
 - The answer is the first line of the reply that begins with "Final answer:" and can be read; marks of emphasis around
   it do not matter. What stands elsewhere does not count, however much it looks like an answer, and nothing does behind
-  the beginning of another question ("Q:"). A reply without such a line is unreadable and counts as a random choice, as
-  in the direct variant (a confidence as 0).
+  the beginning of another question ("Q:").
+- No answers are the asked beginning alone ("... is 0."), ratios ("1 in 4"), percentages, and options that are negated
+  or named as alternatives ("F or J").
+- A reply without a line that can be read counts as a random choice, as in the direct variant (a confidence as 0).
 - A model writes until that line is whole, to the end of text, or 350 tokens. If there is no such line by then (small
   models seldom write one), the line is begun for it and it fills in two tokens, as in the direct variant.
 - The second query of a restless-bandit trial names the machine that was chosen in the line it asks for.
@@ -31,7 +33,14 @@ _EMPHASIS = r"[ \t*_#>`\"']*"
 _FINAL = re.compile(rf"^{_EMPHASIS}final answer{_EMPHASIS}:{_EMPHASIS}\n?{_EMPHASIS}(?P<said>[^\n]*)", re.I | re.M)
 _NEXT_QUESTION = re.compile(r"\n\s*Q:")
 _WORD = re.compile(r"[^\W_]+")
-_SHARE = re.compile(r"(?<![\d.,-])(?:0?\.\d+|[01](?:\.0*)?)(?![\d.,]*\d|\s*%)")
+_NO_SHARE_BEHIND = r"(?![\d.,]*\d|\s*(?:%|per\s?cent\b|[/:]|in\b|out\s+of\b))"
+_SHARE = re.compile(rf"(?<![\d.,-])(?:0?\.\d+|1(?:\.0*)?|0(?!\.)){_NO_SHARE_BEHIND}", re.I)
+# "is 0." and then the decimals, as a model may go on behind the asked beginning.
+_DECIMALS = re.compile(rf"[\s*_:=]*0\.(?!\d)[ \t]*(?P<digits>\d+{_NO_SHARE_BEHIND})?", re.I)
+_NUMBER = r"\.?\d[\d.,]*"
+_RATIO = re.compile(rf"(?<![\d.,]){_NUMBER}(?:\s*[/:]\s*{_NUMBER}|\s+(?:in|out\s+of|of|to)\s+{_NUMBER})+", re.I)
+_NEGATED = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n['\u2019]t\b", re.I)
+_ANOTHER = re.compile(r"[\s*_\"'`.,]*(?:(?:or|nor|and)\b|[/&])", re.I)
 
 
 @dataclass(frozen=True)
@@ -64,23 +73,41 @@ class Reasoned(Query):
         return f"\n{MARK} {self.prefix}{super().reply(answer)}"
 
     def _option(self, said: str) -> int | None:
-        """The word behind the asked beginning or at the start of the line; else the only option that is named."""
+        """The word behind the asked beginning or at the start of the line; else the only option that is named.
+
+        None where a negation stands before it, or another option beside it ("F or J").
+        """
         words = [option.casefold() for option in self.options]
-        _, asked, behind = said.casefold().partition(self.prefix.strip().casefold())
-        first = _WORD.search(behind if asked and self.prefix.strip() else said.casefold())
+        line, beginning = said.casefold(), self.prefix.strip().casefold()
+        start = line.find(beginning) + len(beginning) if beginning in line else 0
+        first = _WORD.search(line, start)
         if first and first.group() in words:
+            if _NEGATED.search(line, 0, first.start()) or _another(line[first.end() :], words):
+                return None
             return words.index(first.group())
-        named = {word for word in _WORD.findall(said) if word in self.options}
-        return self.options.index(named.pop()) if len(named) == 1 else None
+        named = [word for word in _WORD.finditer(said) if word.group() in self.options]
+        if len({word.group() for word in named}) != 1 or _NEGATED.search(said, 0, named[0].start()):
+            return None
+        return self.options.index(named[0].group())
 
     def _share(self, said: str) -> float | None:
-        """The number from 0 to 1 behind the asked beginning; else the only one in the line."""
+        """The number from 0 to 1 behind the asked beginning; else the only one in the line. Ratios are none."""
         beginning = self.prefix.removesuffix("0.").strip().casefold()
-        _, asked, behind = said.casefold().partition(beginning)
-        numbers = _SHARE.findall(behind if asked and beginning else said)
-        if not numbers or (len(numbers) > 1 and not (asked and beginning)):
+        _, asked, behind = said.casefold().partition(beginning) if beginning else ("", "", "")
+        said = _RATIO.sub("?", behind if asked else said)
+        if asked and (repeated := _DECIMALS.match(said)):
+            return float(f"0.{repeated['digits']}") if repeated["digits"] else None
+        numbers = _SHARE.findall(said)
+        if not numbers or (len(numbers) > 1 and not asked):
             return None
         return float(numbers[0])
+
+
+def _another(behind: str, words: list[str]) -> bool:
+    """Whether what stands behind an option goes on to another one: " or machine j", "/j"."""
+    joined = _ANOTHER.match(behind)
+    following = _WORD.findall(behind, joined.end())[:3] if joined else []
+    return any(word in words for word in following) and not any(_NEGATED.fullmatch(word) for word in following)
 
 
 def reasoned(query: Query) -> Reasoned:

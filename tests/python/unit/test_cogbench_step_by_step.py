@@ -121,6 +121,15 @@ def share(prefix="The probability is 0."):
         ("\nFinal answer: I choose machine J, not F", 1),
         ("\nFinal answer: the letter J", 1),
         ("\nFinal answer: not F but J", None),
+        ("\nFinal answer: not F", None),
+        ("\nFinal answer: not Machine F but Machine J", None),
+        ("\nFinal answer: I wouldn't take machine F", None),
+        ("\nFinal answer: neither machine F nor J", None),
+        ("\nFinal answer: Machine F or Machine J", None),
+        ("\nFinal answer: either machine F, or J", None),
+        ("\nFinal answer: Machine F/J", None),
+        ("\nFinal answer: Machine J and not F", 1),
+        ("\nFinal answer: Machine J or nothing", 1),
         ("\nFinal answer: Fish", None),
         ("\nFinal answer:", None),
         ("\nFinal answer: Machine\nFinal answer: Machine J\nFinal answer: Machine F", 1),
@@ -156,10 +165,43 @@ def test_options_of_one_digit_among_numbers():
         ("\nFinal answer: 0.4 or 0.6", None),
         ("\nFinal answer: The probability is", None),
         ("\nFinal answer: -0.3", None),
+        ("\nFinal answer: The probability is 0.", None),  # the line as it was asked for
+        ('\nFinal answer: The probability is 0."', None),
+        ("\nFinal answer: The probability is 0. There is 1 ball", None),
+        ("\nFinal answer: The probability is 0. 7", 0.7),
+        ("\nFinal answer: The probability is 0. 1/2", None),
+        ("\nFinal answer: The probability is 0", 0.0),
+        ("\nFinal answer: The probability is 0.00", 0.0),
+        ("\nFinal answer: The probability is 1.00.", 1.0),
+        ("\nFinal answer: 0.", None),
+        ("\nFinal answer: The probability is 1/2", None),
+        ("\nFinal answer: The probability is 3 / 1", None),
+        ("\nFinal answer: The probability is 1 in 4", None),
+        ("\nFinal answer: 1 in four", None),
+        ("\nFinal answer: The probability is 1 out of 4", None),
+        ("\nFinal answer: The probability is 1:3", None),
+        ("\nFinal answer: The probability is 1 percent", None),
+        ("\nFinal answer: The probability is 1/2, that is 0.5", 0.5),
     ],
 )
 def test_a_number_from_0_to_1_is_read(reply, number):
     assert share().read(reply) == number
+
+
+@pytest.mark.parametrize("tail", ["", "\n\n", " I think", "%", " .", "7", " 7", "73.", "07 ", " 5 of 10 balls"])
+def test_a_line_that_was_begun_is_read_as_the_direct_variant_reads_it(tail):
+    direct = cogbench.Query("An urn.\n\nQ: How sure?\n\nA: The probability is 0.")
+    query = cogbench.reasoned(direct)
+    reply = query.begun(" Let me see.") + tail
+    wanted = None if "of" in tail else direct.read(tail)  # a ratio
+    assert query.read(reply) == wanted
+    assert query.ended(reply + "\n") is (wanted is not None)
+
+
+def test_long_replies_are_read_at_once():
+    for text in ("0" * 3000 + "%", "1." * 1500, "1/" * 1500, ". 0" * 1000, "not F or " * 300):
+        for query in (share(), letters("F", "J")):
+            assert query.read(f"\nFinal answer: {query.prefix}{text}") is None
 
 
 def test_a_reply_is_over_with_its_final_line_or_another_question():
