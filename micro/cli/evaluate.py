@@ -36,7 +36,9 @@ def cogbench(
     step_by_step: Annotated[
         bool, typer.Option("--step-by-step", help="The model reasons first; its final answer counts.")
     ] = False,
-    reasoning_tokens: Annotated[int, typer.Option(min=1, help="Longest reply for --step-by-step.")] = 350,
+    reasoning_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply for --step-by-step; default: 350.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that are completed together.")] = 32,
     ablate: Annotated[str | None, typer.Option(help="Comma list of experts to ablate.")] = None,
     keep: Annotated[str | None, typer.Option(help="Comma list of experts to keep.")] = None,

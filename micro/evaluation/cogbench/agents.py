@@ -12,7 +12,7 @@ import torch
 from micro.analysis.fingerprints import comparable, model_fingerprint, open_session
 from micro.analysis.modes import evaluating
 from micro.evaluation.cogbench.experiment import Query
-from micro.evaluation.cogbench.step_by_step import Reasoned
+from micro.evaluation.cogbench.step_by_step import REASONING_TOKENS, Reasoned
 from micro.modeling.controls import ACTIVE, Phases
 
 ANSWER_TOKENS = 2  # behind a forced beginning
@@ -33,14 +33,28 @@ class Agent(Protocol):
 
 
 class RandomAgent:
-    """Options at random, numbers uniform over .01 to .99."""
+    """Options at random, numbers uniform over .01 to .99.
+
+    Draws depend on seed, experiment and run alone, so that a run that was stopped goes on as if it had not been.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self.name = f"random agent, seed {seed}"
-        self._generator = np.random.default_rng(seed)
+        self._seed, self._experiment = seed, 0
+        self._generators: dict[int, np.random.Generator] = {}
+
+    def begin(self, experiment: int) -> None:
+        """Before the first question of an experiment, by its position in the protocol."""
+        self._experiment, self._generators = experiment, {}
 
     def answer(self, queries: Sequence[Query], runs: Sequence[int]) -> list[str]:
-        return [query.reply(query.guess(self._generator)) for query in queries]
+        return [query.reply(query.guess(self._of(run))) for query, run in zip(queries, runs, strict=True)]
+
+    def _of(self, run: int) -> np.random.Generator:
+        if run not in self._generators:
+            # 0 and 1 in the last place: environment and unreadable replies (``play``).
+            self._generators[run] = np.random.default_rng([self._seed, self._experiment, run, 2])
+        return self._generators[run]
 
 
 class ModelAgent:
@@ -50,8 +64,8 @@ class ModelAgent:
         model: a MiCRo model, or any causal model of transformers.
         tokenizer: its tokenizer; no chat template is used.
         batch_size: prompts that are completed together; so many runs are played side by side.
-        max_new_tokens: length of a reply. One that reasons stops at its final answer; where that is missing in the end,
-            it is asked for with two more tokens.
+        max_new_tokens: length of a reply; default 2, and 350 for one that reasons. Such a reply stops at its final
+            answer; where that is missing in the end, it is asked for with two more tokens, if they fit.
         engine: complete with the C++ engine, same tokens as the model; default: where the model has one and is on the
             CPU. Inside ``model.intervene`` the model itself answers.
         controls: steering arguments of every call, ``{"ablate": "social"}`` say.
@@ -69,7 +83,7 @@ class ModelAgent:
         tokenizer: Any,
         *,
         batch_size: int = 32,
-        max_new_tokens: int = ANSWER_TOKENS,
+        max_new_tokens: int | None = None,
         engine: bool | None = None,
         controls: Mapping[str, Any] | None = None,
         trailing_space: bool = False,
@@ -105,7 +119,8 @@ class ModelAgent:
         texts = [query.text if self._trailing_space else query.text.rstrip(" ") for query in queries]
         ids = [list(self.tokenizer(text)["input_ids"]) for text in texts]
         longest = max(map(len, ids))
-        if self._limit is not None and longest + self.max_new_tokens > self._limit:
+        length = self._length(queries)
+        if self._limit is not None and longest + length > self._limit:
             raise ValueError(
                 f"cogbench: a prompt has {longest} tokens, the model reads {self._limit} at most, its reply included; "
                 "leave this experiment out (experiments=...)"
@@ -116,30 +131,39 @@ class ModelAgent:
             # The engine does not meet the actions of a block.
             reader = self._reader if open_session(self.model) is None else None
             complete = self._generate if reader is None else reader.complete
-            found = complete(ids[part], runs[part], self.max_new_tokens, self._ended(queries[part]))
-            replies += self._finished(queries[part], runs[part], [self._text(reply) for reply in found], complete)
+            found = complete(ids[part], runs[part], length, self._ended(queries[part]))
+            texts = [self._text(reply) for reply in found]
+            replies += self._finished(queries[part], runs[part], ids[part], texts, complete)
         return replies
 
+    def _length(self, queries: Sequence[Query]) -> int:
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return REASONING_TOKENS if any(isinstance(query, Reasoned) for query in queries) else ANSWER_TOKENS
+
     def _finished(
-        self, queries: Sequence[Query], runs: Sequence[int], replies: list[str], complete: Complete
+        self,
+        queries: Sequence[Query],
+        runs: Sequence[int],
+        prompts: list[list[int]],
+        replies: list[str],
+        complete: Complete,
     ) -> list[str]:
-        """Replies that reason, with a final answer where it was missing. All rows go along: the engine keeps them."""
-        pairs = list(zip(queries, replies, strict=True))
-        missing = [isinstance(query, Reasoned) and query.read(reply) is None for query, reply in pairs]
-        if not any(missing):
-            return replies
-        begun = [
-            query.begun(reply) if isinstance(query, Reasoned) and wanted else reply
-            for (query, reply), wanted in zip(pairs, missing, strict=True)
-        ]
-        ids = [list(self.tokenizer(query.text + text)["input_ids"]) for query, text in zip(queries, begun, strict=True)]
-        if self._limit is not None and max(map(len, ids)) + ANSWER_TOKENS > self._limit:
+        """Replies that reason, with a final answer where it was missing and fits."""
+        begun: dict[int, str] = {}
+        # Rows that need nothing go along with their prompts: the engine drops a row that is left out.
+        room = None if self._limit is None else max(self._limit - ANSWER_TOKENS, 1)
+        ids = [prompt[:room] for prompt in prompts]
+        for row, (query, reply) in enumerate(zip(queries, replies, strict=True)):
+            if isinstance(query, Reasoned) and query.read(reply) is None:
+                text = query.begun(reply)
+                tokens = list(self.tokenizer(query.text + text)["input_ids"])
+                if room is None or len(tokens) <= room:
+                    ids[row], begun[row] = tokens, text
+        if not begun:
             return replies
         found = complete(ids, runs, ANSWER_TOKENS, None)
-        return [
-            text + self._text(answer) if wanted else text
-            for text, answer, wanted in zip(begun, found, missing, strict=True)
-        ]
+        return [begun[row] + self._text(found[row]) if row in begun else reply for row, reply in enumerate(replies)]
 
     def _text(self, reply: list[int]) -> str:
         return str(self.tokenizer.decode(reply, skip_special_tokens=True))

@@ -41,7 +41,7 @@ def run(
     baseline_runs: Runs = None,
     draws: int = 1000,
     step_by_step: bool = False,
-    reasoning_tokens: int = REASONING_TOKENS,
+    reasoning_tokens: int | None = None,
     output: str | Path | None = None,
     progress: bool = False,
 ) -> CogBenchResult:
@@ -63,7 +63,8 @@ def run(
         draws: bootstrap samples of runs.
         step_by_step: the model reasons before it answers (:mod:`micro.evaluation.cogbench.step_by_step`); the random
             agent of the baseline has nothing to think about.
-        reasoning_tokens: length of such a reply, its final answer included.
+        reasoning_tokens: length of such a reply, its final answer included; default 350. An agent has its own length
+            (``max_new_tokens`` of :class:`ModelAgent`).
         output: a folder; every finished experiment is saved there, and of the one under way every batch of runs; both
             are found again by a later call with the same settings.
         progress: show bars on stderr.
@@ -72,8 +73,9 @@ def run(
         A :class:`CogBenchResult`; it is also saved where ``output`` is given.
 
     Raises:
-        ValueError: unknown names, numbers out of range, an output folder that holds a run with other settings, or
-            ``output`` inside ``model.intervene``, of which a folder could not tell.
+        ValueError: unknown names, numbers out of range, ``reasoning_tokens`` without ``step_by_step`` or for an agent,
+            an output folder that holds a run with other settings, or ``output`` inside ``model.intervene``, of which a
+            folder could not tell.
         TypeError: a model without a tokenizer; ``output`` with controls that are functions.
         MissingExtraError: without pandas or SciPy (extra ``eval``).
 
@@ -82,14 +84,13 @@ def run(
     """
     names = chosen(experiments)
     check_preset(preset)
-    if reasoning_tokens < 1:
-        raise ValueError(f"cogbench: reasoning_tokens must be at least 1, got {reasoning_tokens}")
+    _check_reasoning_tokens(reasoning_tokens, step_by_step, model)
     counts = _run_counts(names, runs)
     _baseline_name(baseline, preset)
     for module in ("pandas", "scipy"):
         require(module, "eval", "micro.evaluation.cogbench")
-    options: dict[str, Any] = {"max_new_tokens": reasoning_tokens} if step_by_step else {}
-    agent = _agent(model, tokenizer, preset, controls, {"batch_size": batch_size, **options})
+    options = {"batch_size": batch_size, "max_new_tokens": reasoning_tokens}
+    agent = _agent(model, tokenizer, preset, controls, options)
     folder = None if output is None else Path(output)
     if folder is not None and isinstance(agent, ModelAgent):
         agent.check_keepable()
@@ -151,6 +152,8 @@ def play(
     known, which = experiment(name), list(EXPERIMENTS).index(name)
     runs = _run_counts([name], runs)[name]
     check_preset(preset)
+    if isinstance(agent, RandomAgent):
+        agent.begin(which)
     total = None if known.questions is None else runs * known.questions
     told = f"{name}, random agent" if isinstance(agent, RandomAgent) else name
     side_by_side = max(1, int(getattr(agent, "batch_size", runs)))
@@ -316,8 +319,28 @@ def _variant(step_by_step: bool, agent: Agent) -> dict[str, Any]:
     """What tells the variant from the direct one, which kept tables do not name."""
     if not step_by_step:
         return {}
-    tokens = {"reasoning_tokens": agent.max_new_tokens} if isinstance(agent, ModelAgent) else {}
-    return {"variant": VARIANTS[1], **tokens}
+    if not isinstance(agent, ModelAgent):
+        return {"variant": VARIANTS[1]}
+    length = REASONING_TOKENS if agent.max_new_tokens is None else agent.max_new_tokens
+    return {"variant": VARIANTS[1], "reasoning_tokens": length}
+
+
+def _check_reasoning_tokens(reasoning_tokens: int | None, step_by_step: bool, model: Any) -> None:
+    """Raises ValueError for a length that is no length, or that nothing would follow."""
+    if reasoning_tokens is None:
+        return
+    if reasoning_tokens < 1:
+        raise ValueError(f"cogbench: reasoning_tokens must be at least 1, got {reasoning_tokens}")
+    if not step_by_step:
+        raise ValueError(
+            "cogbench: reasoning_tokens is the length of replies that reason; give step_by_step (--step-by-step) as "
+            "well, or leave it out"
+        )
+    if isinstance(model, Agent):
+        raise ValueError(
+            "cogbench: reasoning_tokens is for a model, an agent has its own length; leave it out, or make the agent "
+            "with ModelAgent(..., max_new_tokens=...)"
+        )
 
 
 def _around(folder: Path | None) -> dict[str, Any]:

@@ -378,6 +378,37 @@ def test_a_run_resumes_and_reads_back(tmp_path, short):
         cogbench.run(Counting(1), experiments="horizon", **options)
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_random_agent_that_goes_on_plays_as_one_that_was_never_stopped(batch_size, tmp_path, short):
+    class Stops(cogbench.RandomAgent):
+        def __init__(self, seed=3, left=10**9):
+            super().__init__(seed)
+            self.left = left
+            if batch_size:
+                self.batch_size = batch_size
+
+        def answer(self, queries, runs):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().answer(queries, runs)
+
+    options = {"experiments": ["probabilistic_reasoning", "horizon", "two_step"], "runs": 5, "draws": 5}
+    options["baseline"] = "published"
+    whole = cogbench.run(Stops(), **options)
+    options["output"] = tmp_path
+    for left in (4, 40, 10**9):
+        try:
+            result = cogbench.run(Stops(left=left), **options)
+        except KeyboardInterrupt:
+            assert left < 10**9
+    for name, table in whole.tables.items():
+        pd.testing.assert_frame_equal(result.tables[name], table)
+    others = [cogbench.play("two_step", cogbench.RandomAgent(seed), runs=5)[0] for seed in (3, 4)]
+    assert not others[0].equals(others[1])
+    assert others[0].groupby("run")["action1"].apply("".join).nunique() > 1  # runs differ
+
+
 def test_a_result_prints_a_table_and_draws_from_its_file(tmp_path, short):
     result = cogbench.run(cogbench.RandomAgent(0), runs=6, draws=40, baseline_runs=8)
     result.save(tmp_path)

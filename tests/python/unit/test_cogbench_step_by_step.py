@@ -1,5 +1,6 @@
 """CogBench with room to reason: the final answer counts, whatever else the reply holds."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -364,7 +365,7 @@ def test_a_final_line_that_is_missing_is_begun_and_filled_in(player, engine):
     agent = cogbench.ModelAgent(model, scripted, engine=engine, max_new_tokens=30)
     query = letters("F", "J")
     replies = agent.answer([query, cogbench.Query("Machine ", ("F", "J"))], range(2))
-    assert len(asked) == 4
+    assert len(asked) == 3
     assert asked[2] == query.text + " Machine F paid 61, Machine J 40.\nFinal answer: Machine"
     assert (
         replies[0].startswith(" Machine F paid 61, Machine J 40.\nFinal answer: Machine J")
@@ -372,6 +373,54 @@ def test_a_final_line_that_is_missing_is_begun_and_filled_in(player, engine):
     )
     assert "Final answer: Machine J" not in replies[1]
     assert share().begun(" Let me see\n\nQ: What?").endswith("see\nFinal answer: The probability is 0.")
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_whether_a_final_line_is_begun_does_not_depend_on_the_batch(player, engine):
+    model, tokenizer = player
+    queries = [letters("F", "J"), letters("F", "J"), letters("1", "2", prefix="Option ")]
+    queries[1] = dataclasses.replace(queries[1], text="A long story. " * 30 + queries[1].text)
+    longest = max(len(tokenizer(query.text)["input_ids"]) for query in queries)
+    found = []
+    for batch_size in (1, 2, 3):
+        agent = cogbench.ModelAgent(model, tokenizer, engine=engine, max_new_tokens=12, batch_size=batch_size)
+        agent._limit = longest + 12  # no room to ask again for the answer in the long row
+        found.append([agent.answer(queries, range(3)), agent.answer(queries[::-1], range(3))[::-1]])
+        for replies in found[-1]:
+            assert ["Final answer:" in reply for reply in replies] == [True, False, True]
+    assert found[0] == found[1] == found[2] and found[0][0] == found[0][1]
+
+
+def test_a_length_of_reasoning_that_would_be_ignored_is_refused(player, tmp_path, capsys):
+    model, tokenizer = player
+    with pytest.raises(ValueError, match="give step_by_step"):
+        cogbench.run(model, tokenizer, **FEW, reasoning_tokens=9)
+    for agent in (cogbench.RandomAgent(), cogbench.ModelAgent(model, tokenizer)):
+        with pytest.raises(ValueError, match="an agent has its own length"):
+            cogbench.run(agent, **FEW, reasoning_tokens=9, step_by_step=True)
+    arguments = ["evaluate", "cogbench", "random", "--experiments", "horizon", "--runs", "2", "-o", str(tmp_path)]
+    assert main.run([*arguments, "--reasoning-tokens", "9"]) == 2
+    assert "--step-by-step" in capsys.readouterr().err
+
+
+def test_an_agent_of_no_given_length_reasons_at_length(player):
+    model, tokenizer = player
+    lengths = []
+
+    class Listening(cogbench.ModelAgent):
+        def _generate(self, prompts, runs, length, ended):
+            lengths.append(length)
+            return [tokenizer(" F\nFinal answer: Option 1\n")["input_ids"] for _ in prompts]
+
+    options = {**FEW, "experiments": "temporal_discounting"}
+    agent = Listening(model, tokenizer, engine=False)
+    result = cogbench.run(agent, **options, step_by_step=True)
+    assert set(lengths) >= {350} and result.settings["reasoning_tokens"] == 350
+    lengths.clear()
+    cogbench.run(agent, **options)
+    assert set(lengths) == {2}
+    agent = Listening(model, tokenizer, engine=False, max_new_tokens=40)
+    assert cogbench.run(agent, **options, step_by_step=True).settings["reasoning_tokens"] == 40
 
 
 def test_a_prompt_and_its_reasoning_must_fit(player):
