@@ -50,7 +50,9 @@ def load_as(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
-    """A held-out question of each generated domain, in the chat format, all of one length: the model takes a batch."""
+    """A held-out question of each generated domain in the chat format. A batch of the model has one length, so longer
+    ones lose their front.
+    """
     texts = [str(record.prompt) for record in generate(4, split="test", seed=1)]
     rows = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]

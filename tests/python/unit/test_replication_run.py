@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks.replication import __main__ as command
-from benchmarks.replication import measure, run
+from benchmarks.replication import estimates, measure, run, verdict
 from benchmarks.replication.arms import Places
-from benchmarks.replication.plan import NANO, Plan, Pretraining, Size
+from benchmarks.replication.plan import NANO, PLANS, Plan, Pretraining, Size, jobs
 from micro.errors import RunError
+from micro.experts import NAMES
 
 
 @pytest.fixture
@@ -125,3 +126,29 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no run is there yet" in capsys.readouterr().err
     assert command.main(["rules"]) == 0
     assert capsys.readouterr().out.startswith("# Verdict rules")
+
+
+@pytest.mark.parametrize("name", run.COMMITTED)
+def test_what_is_committed_is_whole_and_of_its_plan(name: str) -> None:
+    plan = PLANS[name]
+    places = run.default_places(plan, None, None)
+    assert run.done(plan, places) == {job.name for job in jobs(plan)}
+    digests = {json.loads(places.result(job.name).read_text())["plan"] for job in jobs(plan)}
+    assert digests == {plan.digest, json.loads((places.results / "plan.json").read_text())["digest"]}
+    before = json.loads((places.results / "backbone-own.json").read_text())["held_out_loss"]
+    assert set(before) == set(NAMES) and all(0 < loss < 10 for loss in before.values())
+
+
+@pytest.mark.parametrize("name", run.COMMITTED)
+def test_committed_estimates_come_from_the_committed_runs(name: str) -> None:
+    plan = PLANS[name]
+    places = run.default_places(plan, None, None)
+    for setup in plan.setups:
+        tables = estimates.read_runs(places.result("x").parent, setup.name)
+        again = verdict.verdicts(tables, setup=setup.title, plan=plan.digest, draws=20)
+        kept = json.loads((places.results / setup.name / "verdicts.json").read_text())
+        values = {part["name"]: part["value"] for claim in kept["claims"] for part in claim["parts"]}
+        found = {part.name: part.value for claim in again.claims for part in claim.parts}
+        drawn = "no contrary row or column"  # a bound of the bootstrap itself
+        assert found.pop(drawn) == pytest.approx(values.pop(drawn), abs=0.02)
+        assert found == pytest.approx(values, abs=1e-9)
