@@ -206,14 +206,20 @@ class Engine:
         ``generate``; an S axis counts each row's own prompt tokens, prompts need no padding.
 
         shared_prefix: number of tokens with which all prompts begin. They are read once instead of once per row, and
-        their keys and values copied to the rows; interventions and controls act behind them, as in
-        :func:`micro.interventions.variants`, and an S axis counts the prompt's tokens from there.
-        ``interventions.side_by_side`` makes K lists of actions one table for K rows.
+        their keys and values copied to the rows. The call's interventions and controls act behind them alone, and an S
+        axis counts the prompt's tokens from there; of the arguments only ``experts_per_token`` holds in the prefix,
+        which the router steers freely. So the answers are those without ``shared_prefix`` where nothing would have
+        acted on the first tokens. ``interventions.side_by_side`` makes K lists of actions one table for K rows.
+
+        Raises:
+            ValueError: with ``shared_prefix``, inside a ``micro.steering`` block, which holds for whole prompts, or
+                with an action whose positions all lie in the prefix: it would do nothing.
         """
         from micro.modeling import engine_controls
 
         ids = self._ids(prompts)
         shared = index(shared_prefix)
+        _check_prefix(shared, interventions)
         rows, slots = len(ids), max(max(map(len, ids), default=0) - shared, 1)
         steering = self._steering(controls)
         answer = engine_controls.answer_controls(steering, rows, slots, 1)
@@ -351,6 +357,22 @@ class Engine:
         if trace is None:
             return None
         return RoutingTrace(**trace, expert_names=list(self.config.expert_names or []))
+
+
+def _check_prefix(shared: int, interventions: Sequence[Action]) -> None:
+    """Whether all that was asked for can act behind a prefix that nothing acts on."""
+    if shared <= 0:
+        return
+    from micro.interventions.actions import check_behind
+    from micro.modeling.controls import ACTIVE
+
+    if open_blocks := [name for name, _ in ACTIVE.get()]:
+        raise ValueError(
+            f"shared_prefix is {shared} inside a block of micro.steering ({', '.join(open_blocks)}), which holds for "
+            "whole prompts, but a shared prefix is read unsteered: pass the controls to generate, which then begin "
+            "behind the prefix, or leave shared_prefix out"
+        )
+    check_behind(interventions, shared, "shared_prefix")
 
 
 def _table(actions: EngineActions | None) -> NativeActions | None:

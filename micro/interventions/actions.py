@@ -70,6 +70,29 @@ def _check_places(what: str, given: Positions) -> None:
         raise ValueError(f"{what}: expected numbers from 0 on, counted from the start, got {wrong[0]!r}")
 
 
+def check_behind(actions: Sequence[Action], prefix: int, argument: str) -> None:
+    """Refuse actions that name slots of a shared prefix alone: it is read without them, so they would do nothing."""
+    for action in actions:
+        last = None if action.positions is None else _last_slot(action.positions)
+        if last is not None and last < prefix:
+            name = "" if action.name is None else f", name={action.name!r}"
+            raise ValueError(
+                f'{argument} is {prefix}, but {action.kind}("{action.point}"{name}) names slots up to {last} alone, '
+                "all in the prefix, where nothing acts: let the prefix end before its slots, or leave the action out"
+            )
+
+
+def _last_slot(positions: Sequence[int] | slice | Tensor) -> int | None:
+    """The last slot named; None: no end, or no slot at all."""
+    if isinstance(positions, slice):
+        if positions.stop is None:
+            return None
+        return max(range(positions.start or 0, positions.stop, positions.step or 1), default=None)
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        return max(positions.nonzero()[:, -1].tolist(), default=None)
+    return max(torch.as_tensor(positions).flatten().tolist(), default=None)
+
+
 def read(point: Point, *, keep_graph: bool = False, **where: Any) -> Action:
     """Keep the rows: ``run[name]`` is a :class:`Reading`. ``keep_graph=True`` does not detach them, and the layer goes
     on from them (:meth:`Session.parts`); it takes whole rows only.

@@ -118,7 +118,10 @@ def _names(actions: Sequence[Action]) -> dict[str, int]:
             names[action.name] = i
     for i, action in readers:
         if action.name is None:
-            names[action.point if action.point not in names else f"{action.point}_{i}"] = i
+            name = action.point if action.point not in names else f"{action.point}_{i}"
+            if name in names:
+                raise ValueError(f"intervene: action {i} would be named {name!r}, as another is; give it a name")
+            names[name] = i
     return names
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from micro.engine import Engine
-from micro.interventions.actions import Action
+from micro.interventions.actions import Action, check_behind
 from micro.interventions.session import intervene
 from micro.modeling.cache import MiCRoCache, MiCRoCacheLayer
 from micro.modeling.controls import ControlReader, free_value
@@ -59,7 +59,8 @@ def variants(
         slots K times; each variant of a batch has a copy of the prefix's keys and values.
 
     Raises:
-        ValueError: shapes, the prefix, or actions that only read: read in ``model.intervene``.
+        ValueError: shapes, the prefix, an action whose positions all lie in the prefix, or actions that only read:
+            read in ``model.intervene``.
     """
     ids = _one_row(input_ids)
     _check(model, actions, controls, replay, batch)
@@ -78,7 +79,8 @@ def variants(
 def side_by_side(actions: Sequence[Sequence[Action]]) -> list[Action]:
     """K lists of actions on one input as one table for a batch of K rows: those of list k act on row k alone.
 
-    ``rows`` of an action is not given, or holds row 0: the input; a source's row 0 is the input, too.
+    ``rows`` of an action is not given, or holds row 0: the input; a source's row 0 is the input, too. Names get the
+    number of their list: what list k names "r" is found as "r_k" (``findings["r_0"]``, ``findings["r_1"]``, ...).
     """
     return [_in_row(action, row) for row, own in enumerate(actions) for action in own]
 
@@ -159,6 +161,7 @@ def _shared_slots(actions: Sequence[Sequence[Action]], slots: int, prefix: int |
     if prefix is not None:
         if not 0 <= prefix < slots:
             raise ValueError(f"variants: prefix is {prefix}, expected 0..{slots - 1}: at least one slot is behind it")
+        check_behind([action for own in actions for action in own], prefix, "variants: prefix")
         return prefix
     if everywhere:
         return 0
@@ -182,7 +185,8 @@ def _first_slot(action: Action, slots: int) -> int:
 def _in_row(action: Action, row: int) -> Action:
     """The action on one row of the batch, which its source knows as row 0."""
     mine = action.rows is None or 0 in action.rows
-    return changed(action, rows=[row] if mine else [], first_row=row)
+    name = None if action.name is None else f"{action.name}_{row}"
+    return changed(action, rows=[row] if mine else [], first_row=row, name=name)
 
 
 def _copies(cache: MiCRoCache, config: MiCRoConfig, count: int) -> MiCRoCache:

@@ -10,6 +10,7 @@ from small_models import ALL_FOUR, random_ids, small_model
 from torch import Tensor
 
 from micro import interventions as iv
+from micro import steering
 from micro.engine import Engine, EngineGeneration
 from micro.modeling import MiCRoForCausalLM
 
@@ -191,3 +192,58 @@ def test_wrong_variants_are_refused() -> None:
         iv.variants(engine, random_ids(1, 13), [[]], prefix=4)
     assert engine.rows == 0
     assert iv.variants(engine, ids, [[]]).shape == (1, 1, 61)
+
+
+def test_a_prefix_is_not_shared_inside_a_block_of_steering() -> None:
+    model = small_model(dtype=torch.float32)
+    prompts, engine = [random_ids(1, SLOTS)[0].tolist()] * 2, model.engine()
+    with steering.ablate("logic"):
+        with pytest.raises(ValueError, match=r"inside a block of micro\.steering \(ablate\).*leave shared_prefix out"):
+            generated(engine, prompts, shared_prefix=PREFIX)
+        inside = generated(engine, prompts, output_routing=True)
+    assert inside.routing is not None
+    assert not bool((inside.routing.ids == 0).any())  # without shared_prefix the block holds for the whole prompt
+    assert inside.tokens == generated(engine, prompts, ablate="logic").tokens
+    assert generated(engine, prompts, ablate="logic", shared_prefix=PREFIX).finish == ["length"] * 2
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[1, PREFIX - 1], slice(0, PREFIX), slice(2, PREFIX + 2, 5), torch.tensor([0, 2]), torch.ones(1, PREFIX).bool()],
+)
+def test_actions_that_the_prefix_hides_are_refused(positions: Any) -> None:
+    model = small_model(dtype=torch.float32)
+    ids, engine = random_ids(1, SLOTS), model.engine()
+    hidden = iv.zero("heads", heads=[1], positions=positions)
+    with pytest.raises(ValueError, match=r'shared_prefix is 5, but zero\("heads"\) names slots up to'):
+        generated(engine, [ids[0].tolist()], interventions=[hidden], shared_prefix=PREFIX)
+    for either in (model, engine):
+        with pytest.raises(ValueError, match=r'prefix is 5, but zero\("heads"\) names slots up to'):
+            iv.variants(either, ids, [[], [hidden]], prefix=PREFIX)
+
+
+@pytest.mark.parametrize("positions", [None, [0, PREFIX], slice(0, None), slice(1, SLOTS), [], [SLOTS + 3]])
+def test_actions_that_reach_behind_the_prefix_are_taken(positions: Any) -> None:
+    ids, engine = random_ids(1, SLOTS), small_model(dtype=torch.float32).engine()
+    actions = [iv.zero("heads", heads=[1], positions=positions)]
+    assert generated(engine, [ids[0].tolist()], interventions=actions, shared_prefix=PREFIX).finish == ["length"]
+    assert iv.variants(engine, ids, [actions], prefix=PREFIX).shape[1] == SLOTS - PREFIX
+
+
+def test_readings_side_by_side_carry_the_number_of_their_list() -> None:
+    model = small_model(dtype=torch.float32)
+    ids, engine = random_ids(1, SLOTS), model.engine()
+    lists = [[iv.scale("units", s), iv.read("ffn", name="r"), iv.moments("ffn", name="m")] for s in (1.0, 0.0, 2.0)]
+    table = iv.side_by_side(lists)
+    engine.reset()
+    got = engine.prefill(ids.expand(3, -1), interventions=table).findings
+    assert got is not None
+    with torch.no_grad(), model.intervene(*table) as run:
+        model(ids.expand(3, -1))
+    for k, actions in enumerate(lists):
+        with torch.no_grad(), model.intervene(*actions) as alone:
+            model(ids)
+        for found in (got, run):
+            assert set(found.reading(f"r_{k}").row.tolist()) == {k}
+            assert torch.equal(found.reading(f"r_{k}").values, alone.reading("r").values)
+            assert torch.equal(found.moments(f"m_{k}").mean, alone.moments("m").mean)

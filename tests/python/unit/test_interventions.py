@@ -246,6 +246,15 @@ def test_wrong_actions_are_refused(make, message, ids):
         pass
 
 
+def test_a_name_that_an_action_without_one_would_get_is_refused(ids):
+    actions = [iv.read("units"), iv.read("units"), iv.read("ffn", name="units_1")]
+    with (
+        pytest.raises(ValueError, match="action 1 would be named 'units_1', as another is"),
+        small_model().intervene(*actions),
+    ):
+        pass
+
+
 def test_two_open_blocks_and_missing_names_are_refused(ids):
     model = small_model()
     with model.intervene(iv.read("units")) as run:
