@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from micro.data import Record
-    from micro.modeling import MiCRoForCausalLM
+    from micro.modeling import MiCRoConfig, MiCRoForCausalLM
 
 NATS = "nats per token"
 SHARE = "share correct"  # differences of shares are reported in points, 100 times the share
@@ -94,19 +94,27 @@ def traits(suite: Suite, model: Any = None) -> Traits:
     return Traits(task, higher, unit, tuple(values.tolist()))
 
 
+def label_names(config: MiCRoConfig) -> list[str] | None:
+    """Names of a model's experts as rows of :class:`LossSuite`; None (its own names) for more or fewer experts than
+    labels.
+    """
+    names = config.expert_names or []
+    return list(names) if len(names) == len(LABELS) else None
+
+
 class LossSuite:
     """Cross-entropy of answer tokens in nats, grouped by the label of the predicted token.
 
     Args:
         records: labelled records.
         tokenizer: of the model.
-        names: of the label rows, those of the model's experts say; the four experts if not given, or if there are not
-            as many as labels.
+        names: of the label rows, one per label (:func:`label_names` gives those of a model's experts); the four experts
+            if not given.
         max_tokens: slots per batch.
         encode_options: passed to :func:`micro.data.encode`.
 
     Raises:
-        ValueError: no record could be encoded.
+        ValueError: no record could be encoded, or there are not as many names as labels.
     """
 
     task = "loss"
@@ -125,7 +133,12 @@ class LossSuite:
     ) -> None:
         if not records:
             raise ValueError("LossSuite: records is empty; give labelled records")
-        self.names = list(names) if names is not None and len(names) == len(LABELS) else list(NAMES)
+        if names is not None and len(names) != len(LABELS):
+            raise ValueError(
+                f"LossSuite: names holds {len(names)}, expected {len(LABELS)}, one per label of the records; leave it "
+                "out for a model with another number of experts"
+            )
+        self.names = list(NAMES if names is None else names)
         self.records = len(records)
         self.groups = record_groups(records)
         self.max_tokens = max_tokens

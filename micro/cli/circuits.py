@@ -63,10 +63,11 @@ def remove(
     """Loss per domain with each component removed."""
     from micro.analysis import LossSuite
     from micro.analysis.circuits import removal
+    from micro.analysis.suites import label_names
 
     records = read_inputs(data, [], limit)
     model, tokenizer = load_model(folder)
-    suite = LossSuite(records, tokenizer, names=model.config.expert_names)
+    suite = LossSuite(records, tokenizer, names=label_names(model.config))
     given: Any = {"point": point, "level": level, "how": how}
     reference = None if how == "zero" else _reference(records, tokenizer)
     result = removal(model, suite, reference=reference, progress=True, **given)

@@ -49,11 +49,12 @@ def matrix(
     from micro.analysis.ablations.scores import ScoreStore
     from micro.analysis.steering.bias import bias_curves
     from micro.analysis.steering.matrix import steered_outputs, steering_matrix
+    from micro.analysis.suites import label_names
 
     values, chosen = _numbers(bias), _sets(sets)
     records = read_inputs(data, [], limit)
     model, tokenizer = load_model(folder)
-    suite = analysis.LossSuite(records, tokenizer, names=model.config.expert_names)
+    suite = analysis.LossSuite(records, tokenizer, names=label_names(model.config))
     store = ScoreStore(output / "scores")
     report = steering_matrix(
         model, suite, chosen, random_sets=random_sets, seed=seed, store=store, progress=True

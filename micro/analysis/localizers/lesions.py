@@ -17,7 +17,7 @@ from micro.analysis.localizers.statistics import Mask
 from micro.analysis.localizers.units import UnitReader
 from micro.analysis.modes import evaluating
 from micro.analysis.statistics import Array, bootstrap, permutation_p, ratio
-from micro.analysis.suites import NATS, LossSuite, Suite, traits
+from micro.analysis.suites import NATS, LossSuite, Suite, label_names, traits
 from micro.progress import track
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def lesion(
         raise ValueError("lesion: no unit is selected")
     if draws < 1:
         raise ValueError(f"lesion: draws must be at least 1, got {draws}")
-    suite = _suite(data, tokenizer, list(model.config.expert_names or ()))
+    suite = _suite(data, tokenizer, label_names(model.config))
     masks = [mask, *random_masks(mask, draws, matched=matched, seed=seed)]
     with evaluating(model):
         base = suite.score(model, dict(controls or {}))
@@ -171,7 +171,7 @@ def _mask_of(result: LocalizerResult) -> Mask:
     return result.mask
 
 
-def _suite(data: Any, tokenizer: Any, names: list[str]) -> Suite:
+def _suite(data: Any, tokenizer: Any, names: list[str] | None) -> Suite:
     if hasattr(data, "score"):
         suite: Suite = data
         return suite

@@ -15,7 +15,7 @@ from micro.analysis.modes import evaluating
 from micro.analysis.result import plain
 from micro.analysis.statistics import Array, bootstrap
 from micro.analysis.steering.matrix import mean_change
-from micro.analysis.suites import LossSuite
+from micro.analysis.suites import LossSuite, label_names
 from micro.progress import Progress
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def bias_curves(
         raise ValueError("bias_curves: needs labelled records, not texts")
     names = list(model.config.expert_names or [])
     chosen = list(experts or names)
-    suite = _Answers(records, tokenizer, names=names, max_tokens=max_tokens, encode_options=encode_options)
+    suite = _Answers(
+        records, tokenizer, names=label_names(model.config), max_tokens=max_tokens, encode_options=encode_options
+    )
     settings = [(name, float(b)) for name in chosen for b in values]
     found = _measured(model, suite, [{}, *(_bias(*setting, layers) for setting in settings)], store, progress)
     free, found = found[0], found[1:]

@@ -8,9 +8,10 @@ from micro import analysis
 from micro.analysis.ablations.scores import INTACT, Condition, Scores, score
 from micro.analysis.ablations.statistics import drawn_means, row_groups, split_records
 from micro.analysis.groups import record_groups
-from micro.analysis.suites import traits
+from micro.analysis.suites import label_names, traits
 from micro.data import Record, Span, generate
 from micro.experts import NAMES
+from micro.modeling import MiCRoConfig
 from micro.testing import tiny_tokenizer
 
 TRUTH = 0.3  # nats that the loss of logic costs, on average over all templates there could be
@@ -125,3 +126,19 @@ def test_groups_of_the_wrong_shape_are_refused():
     suite = Planted(lambda gone, record: 1.0, records=3, groups=[[("a",)]] * 2)
     with pytest.raises(ValueError, match="groups must hold names for each of 3 records and 1 rows"):
         analysis.ablation(model(), suite, draws=10)
+
+
+@pytest.mark.parametrize("names", [["logic", "social", "wrold"], ["expert_0"] * 5, []])
+def test_names_of_other_rows_than_the_labels_are_refused(names):
+    with pytest.raises(ValueError, match=f"names holds {len(names)}, expected 4"):
+        analysis.LossSuite(generate(2, seed=3), tiny_tokenizer(), names=names)
+
+
+def test_rows_are_named_after_experts_where_there_are_as_many():
+    def config(names):
+        return MiCRoConfig(num_experts=len(names), expert_names=names)
+
+    assert label_names(config(["a", "b", "c", "d"])) == ["a", "b", "c", "d"]
+    assert label_names(config(["a", "b", "c"])) is None
+    suite = analysis.LossSuite(generate(2, seed=3), tiny_tokenizer(), names=label_names(config(["a", "b", "c", "d"])))
+    assert suite.names == ["a", "b", "c", "d"]
