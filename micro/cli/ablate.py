@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json as format_json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from micro.cli.analysis_common import expert_set, load_model, read_inputs, save_figure
+from micro.cli.analysis_common import expert_set, finish, load_model, read_inputs, save_figure
 
 if TYPE_CHECKING:
+    from micro.analysis import AblationReport
     from micro.analysis.result import Result
 
 
@@ -69,6 +69,7 @@ def ablate(
     --cells, --cell-orders and --random-cells can be added later.
     """
     from micro import analysis
+    from micro.analysis.suites import label_names
 
     if all_sets not in (None, "all"):
         raise ValueError(f'--sets is {all_sets!r}, expected "all"; name single sets with --set')
@@ -77,20 +78,19 @@ def ablate(
     if data is None and tasks is None:
         raise ValueError("give --data FILE (labelled records), --tasks NAMES (offline suites), or both")
     model, tokenizer = load_model(folder)
-    asked = _Asked(data, expert_set(tasks) or [], limit, tokenizer, model.config.expert_names, seed)
+    asked = _Asked(data, expert_set(tasks) or [], limit, tokenizer, label_names(model.config), seed)
     removed: Any = "all" if all_sets else [expert_set(value) or [] for value in sets] if sets else None
     shared: dict[str, Any] = {"store": analysis.ScoreStore(output / "scores"), "seed": seed, "progress": True}
     suites = asked.suites()
-    reports: list[Result] = [
-        analysis.ablation(
-            model,
-            suites,
-            removed,
-            validation=asked.validation(validation),
-            random_draws=random_draws if random_cells else 0,
-            **shared,
-        )
-    ]
+    whole = analysis.ablation(
+        model,
+        suites,
+        removed,
+        validation=asked.validation(validation),
+        random_draws=random_draws if random_cells else 0,
+        **shared,
+    )
+    reports: list[Result] = [whole]
     if shapley:
         reports.append(analysis.expert_shapley(model, suites, **shared))
     if replayed:
@@ -100,14 +100,11 @@ def ablate(
         reports.append(analysis.cell_map(model, few, random_draws=random_draws, **shared))
     if cell_orders:
         reports.append(analysis.cell_shapley(model, few, orders=cell_orders, **shared))
-    for report in reports:
-        _keep(report, output, {"model": str(folder), "data": data and str(data), "tasks": tasks})
-    if json:
-        typer.echo(format_json.dumps({report.name: report.to_dict() for report in reports}))
-        return
-    for report in reports:
-        _show(report)
-    typer.echo(f"written: {output}/ ({', '.join(report.name for report in reports)}: .json, .csv, .png, .svg)")
+    output.mkdir(parents=True, exist_ok=True)
+    save_figure(whole.plot("bars"), output / "ablation_bars")
+    about = {"model": str(folder), "data": data and str(data), "tasks": tasks}
+    beside = "tables ablation_*.csv; ablation_bars.png, .svg"
+    finish(reports, output, about, as_json=json, note=_claims(whole), beside=beside)
 
 
 @dataclass
@@ -118,7 +115,7 @@ class _Asked:
     tasks: list[str]
     limit: int | None
     tokenizer: Any
-    names: Any
+    names: list[str] | None
     seed: int
 
     def suites(self, most: int | None = None) -> list[Any]:
@@ -158,24 +155,25 @@ class _Asked:
         return [make(task, self.tokenizer, items=most or 60, split=split, seed=self.seed) for task in self.tasks]
 
 
-def _keep(report: Any, output: Path, about: dict[str, Any]) -> None:
-    report.settings |= about
-    report.save(output)
-    save_figure(report.plot(), output / report.name)
-    if report.name == "ablation":
-        save_figure(report.plot("bars"), output / "ablation_bars")
-
-
-def _show(report: Any) -> None:
-    from micro.analysis import AblationReport
-
-    typer.echo(f"\n{report.name}\n{report}")
-    if not isinstance(report, AblationReport):
-        return
+def _claims(report: AblationReport) -> str:
+    """The tables of tests, what each of their numbers resamples, and the verdicts."""
     columns = ["task", "ablated", "change", "low", "high", "test", "p", "p_holm", "published_p", "published_stars"]
-    for frame in (report.tests()[columns], report.best_table(), report.random_table()):
-        if len(frame):
-            typer.echo("\n" + frame.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    typer.echo(f"intervals: {report.settings['interval']} over {report.settings['resampled']}")
-    for row, worst in report.own_domain_is_worst.items():
-        typer.echo(f"{row}: own expert's ablation is {'' if worst else 'not '}the worst of its row")
+    parts = [
+        "\n" + frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")
+        for frame in (report.tests()[columns], report.best_table(), report.random_table())
+        if len(frame)
+    ]
+    parts.append(
+        f"intervals: {report.settings['interval']} over {report.settings['resampled']}; p and p_holm: the named test, "
+        "over records; published_p: unpaired t, over records"
+    )
+    if report.random:
+        parts.append(
+            "excess: interval over the same and over random sets, p over random sets alone; random cells may be the "
+            "set's own (1 in 4 for one of four experts), so a true harm shows as less of itself (0.75)"
+        )
+    parts += [
+        f"{row}: own expert's ablation is {'' if worst else 'not '}the worst of its row"
+        for row, worst in report.own_domain_is_worst.items()
+    ]
+    return "\n".join(parts)

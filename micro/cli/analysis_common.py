@@ -78,7 +78,7 @@ def finish(
         typer.echo(json.dumps(by_name if isinstance(results, Sequence) else by_name[results.name]))
         return
     for result in several:
-        typer.echo(str(result))
+        typer.echo(f"\n{result.name}\n{result}" if len(several) > 1 else str(result))
     if note:
         typer.echo(note)
     names = " and ".join(f"{result.name}.json, .csv, .png, .svg" for result in several)

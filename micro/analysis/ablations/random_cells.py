@@ -45,8 +45,11 @@ def random_cells(
     store: ScoreStore | None = None,
     progress: bool = False,
 ) -> list[Line]:
-    """Control of the ablation of experts by random cells: in every layer as many experts as the set removes, but others
-    in each.
+    """Control of the ablation of experts by random cells: in every layer as many experts as the set removes, drawn anew
+    in each from all experts, the tested ones included.
+
+    So for a set of s of E experts a share s/E of the random cells is on average its own, and harm that these cells
+    alone do, adding up over layers, shows as an ``excess`` of 1 - s/E of itself: 0.75 for one of four experts.
 
     Args:
         model: a MiCRo model of either kind.
@@ -61,9 +64,9 @@ def random_cells(
 
     Returns:
         One line per row and set: ``harm`` of removing it everywhere (above 0 = worse; nats or points), mean, lowest and
-        highest harm of the random sets; ``excess`` = harm - random_mean with its 95 % interval low..high, records (or
-        groups of them, :class:`~micro.analysis.Suite`) and random sets being resampled at once; and ``p`` = ``(1 + sets
-        that harm at least as much) / (1 + draws)``.
+        highest harm of the random sets; ``excess`` = harm - random_mean (less than the harm, see above) with its 95 %
+        interval low..high, records (or groups of them, :class:`~micro.analysis.Suite`) and random sets being resampled
+        at once; and ``p`` = ``(1 + sets that harm at least as much) / (1 + draws)``.
 
     Raises:
         ValueError: fewer than 20 draws, or as for an ablation.

@@ -116,7 +116,9 @@ class AblationReport(Result):
         return pd.DataFrame(self.best)
 
     def random_table(self) -> pd.DataFrame:
-        """Each ablated set against as many random cells, as :func:`~micro.analysis.random_cells` returns them."""
+        """Each ablated set against as many random cells, as :func:`~micro.analysis.random_cells` returns them. Random
+        cells may be the set's own (1 in 4 for one of four experts), so ``excess`` is less than all of its harm.
+        """
         import pandas as pd
 
         return pd.DataFrame(self.random)

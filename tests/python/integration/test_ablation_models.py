@@ -328,13 +328,14 @@ def test_the_command_writes_every_report(model, tokenizer, records, tmp_path, ca
     data.save_records(records, file)
     arguments = ["ablate", str(folder), "--data", str(file), "-o", str(out)]
     drawn = []
-    monkeypatch.setattr("micro.cli.ablate.save_figure", lambda figure, path: drawn.append(path.name))
+    for module in ("ablate", "analysis_common"):
+        monkeypatch.setattr(f"micro.cli.{module}.save_figure", lambda figure, path: drawn.append(path.name))
     options = ["--sets", "all", "--shapley", "--replayed", "--validation", "0.5", "--json"]
     assert cli.run([*arguments, *options]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == ["ablation", "shapley", "routing_compensation"]
     assert len(printed["ablation"]["conditions"]) == 15
-    assert drawn == ["ablation", "ablation_bars", "shapley", "routing_compensation"]
+    assert drawn == ["ablation_bars", "ablation", "shapley", "routing_compensation"]
     assert {p.name for p in out.iterdir()} == {
         "scores",
         "ablation_tests.csv",
@@ -345,6 +346,9 @@ def test_the_command_writes_every_report(model, tokenizer, records, tmp_path, ca
     shown = capsys.readouterr()
     assert "excess" in shown.out and (out / "ablation_random.csv").is_file()
     assert "intervals: 95 % paired bootstrap over groups of records (templates), and records in them" in shown.out
+    assert "p and p_holm: the named test, over records; published_p: unpaired t, over records" in shown.out
+    assert "random cells may be the set's own (1 in 4" in shown.out
+    assert f"written: {out}/ablation.json, .csv, .png, .svg and cells.json" in shown.out
     assert "cells with q <= 0.05" in shown.out and "validation" in shown.out and drawn[-1] == "cells"
     assert "conditions were scored before" in shown.err  # those of the first run
     tasks = ["ablate", str(folder), "--tasks", "arithmetic", "-o", str(tmp_path / "tasks"), "--set", "logic"]

@@ -312,7 +312,8 @@ def test_another_number_of_experts_has_names_and_rows_of_its_own(tmp_path: Path)
 def test_the_command_takes_three_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = official(tmp_path / "official", "llama", "block", "r1", experts=3)
     data.save_records(RECORDS, tmp_path / "records.jsonl")
-    monkeypatch.setattr("micro.cli.ablate.save_figure", lambda figure, path: None)
+    for module in ("ablate", "analysis_common"):
+        monkeypatch.setattr(f"micro.cli.{module}.save_figure", lambda figure, path: None)
     arguments = ["--data", str(tmp_path / "records.jsonl"), "-o", str(tmp_path / "out")]
     assert cli.run(["ablate", str(folder), *arguments, "--cells"]) == 0
     content = json.loads((tmp_path / "out" / "ablation.json").read_text())

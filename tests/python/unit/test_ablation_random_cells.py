@@ -81,3 +81,10 @@ def test_an_ablation_carries_its_control(tmp_path):
     with pytest.raises(ValueError, match="at least 20"):
         analysis.ablation(model(layers=6), suite, random_draws=3)
     assert not suite.calls
+
+
+def test_harm_that_adds_up_over_its_own_cells_shows_as_the_share_that_the_docstring_tells():
+    suite = Planted(lambda gone, record: gone[:, 0].mean(), layers=6)
+    lines = random_cells(model(layers=6), suite, ["logic", ["logic", "world"]], draws=400, bootstrap_draws=20)
+    assert [line["harm"] for line in lines] == pytest.approx([1, 1])
+    assert [line["excess"] for line in lines] == pytest.approx([0.75, 0.5], abs=0.03)
