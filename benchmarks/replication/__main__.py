@@ -22,7 +22,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="mild: a second look at a quarter of the rate; nano: seconds; shows that all works",
     )
     parser.add_argument("--work", type=Path, help="what can be made again (default build/replication/PLAN)")
-    parser.add_argument("--results", type=Path, help="what is committed (default benchmarks/results/replication)")
+    parser.add_argument("--results", type=Path, help="what is committed (default below benchmarks/results)")
     parser.add_argument("--only", default="", help="runs to do now, or beginnings of their names, comma-separated")
     parser.add_argument("--no-probe", action="store_true", help="do not measure the cost first")
     parser.add_argument("--again", action="store_true", help="measure the cost anew")
