@@ -15,6 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from micro.modeling.config import MiCRoConfig
 
 _CHUNK = 64  # slots by which a store grows at least
+# Slots that are reserved at most where a generation says how many it may need: on the CPU memory that nobody writes to
+# costs nothing.
+_AHEAD = {"cpu": 8192, "cuda": 1024}
 
 
 class MiCRoCacheLayer(DynamicLayer):
@@ -28,6 +31,7 @@ class MiCRoCacheLayer(DynamicLayer):
         self._stores: tuple[Tensor, Tensor] | None = None
         self._length: int | None = None
         self._shown: tuple[Tensor | None, Tensor | None] | None = (None, None)
+        self.expected = 0  # slots that whoever made the cache means to fill; a store that has room need not be copied
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -98,7 +102,9 @@ class MiCRoCacheLayer(DynamicLayer):
             same = old > 0 or (stores[0].shape[:3] == (batch, experts, groups) and stores[0].dtype == like.dtype)
             if same and (torch.is_inference_mode_enabled() or not stores[0].is_inference()):
                 return stores
-        capacity = -(-max(old + new, old + old // 4) // _CHUNK) * _CHUNK
+        needed = old + new
+        reserved = min(self.expected, needed + _AHEAD.get(like.device.type, 0))
+        capacity = -(-max(needed, old + old // 4, reserved) // _CHUNK) * _CHUNK
         stores = (
             like.new_empty(batch, experts, groups, capacity, size),
             like.new_empty(batch, experts, groups, capacity, size),
@@ -143,6 +149,12 @@ class MiCRoCache(Cache):
     def length(self) -> int:
         """Number of cached slots."""
         return int(self.get_seq_length())
+
+    def expect(self, slots: int) -> None:
+        """Say how many slots will be filled at most, so that stores have room for them from the start."""
+        for layer in self.layers:
+            assert isinstance(layer, MiCRoCacheLayer)
+            layer.expected = slots
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` slots."""

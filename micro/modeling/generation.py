@@ -97,12 +97,14 @@ class MiCRoGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        """Arguments behind these: mode, batch size and the slots that prompt and answer fill at most."""
         steering = model_kwargs.get("steering")
         if steering is not None:
             steering.stop_ids[:] = _stop_ids(generation_config)
         own = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
         if own and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MiCRoCache(self.config)
+            model_kwargs["past_key_values"] = cache = MiCRoCache(self.config)
+            cache.expect(int(kwargs.get("max_cache_length", args[-1])))
             return
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

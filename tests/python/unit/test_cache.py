@@ -175,3 +175,35 @@ def test_wrong_caches_are_refused_by_name() -> None:
         cache.truncate(9)
     with pytest.raises(TypeError, match="expected a MiCRoConfig"):
         MiCRoCache(None)
+
+
+def test_a_generation_fills_one_store_of_the_size_that_it_needs() -> None:
+    model = small_model()
+    stores: list[tuple[int, int]] = []
+
+    class Look:
+        def put(self, value: torch.Tensor) -> None:
+            if cache := caches[-1:]:
+                store = cache[0].layers[0]._stores
+                if store is not None:
+                    stores.append((store[0].data_ptr(), store[0].shape[3]))
+
+        def end(self) -> None:
+            pass
+
+    caches: list[MiCRoCache] = []
+    made = MiCRoCache.__init__
+
+    def keep(self: MiCRoCache, config: object) -> None:
+        made(self, config)
+        caches.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MiCRoCache, "__init__", keep)
+        plain = model.generate(random_ids(1, 60), max_new_tokens=150, min_new_tokens=150, streamer=Look())
+        chunked = model.generate(random_ids(1, 60), max_new_tokens=150, min_new_tokens=150, prefill_chunk_size=16)
+    assert len(set(stores)) == 1 and stores[0][1] == 256  # 60 + 150 - 1 slots, in chunks of 64
+    assert torch.equal(plain, chunked)
+    with torch.no_grad():
+        without = model(random_ids(1, 60)).past_key_values
+    assert without.layers[0]._stores[0].shape[3] == 64
