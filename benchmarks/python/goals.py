@@ -108,6 +108,7 @@ GOALS = [
         ("G9d/1024", "forward + backward time over dense transformers, T = 1024", 1.3, 0.9),
         ("G10/engine", "peak memory above the weights, 4 k prompt + 64 tokens, engine over official", 0.6, 0.5),
         ("G10/generate", "peak memory above the weights, 4 k prompt + 64 tokens, generate() over official", 0.6, 0.5),
+        ("G10/generate/chunked", "the same, generate(prefill_chunk_size=512)", 0.6, 0.5),
         (
             "G10/all_logits",
             "peak memory, 4 k prompt + 64 tokens, engine over official generation (all logits)",

@@ -23,6 +23,8 @@ from resident import peak_above
 from shapes import SMOLLM2_135M, prompt
 from torch import Tensor
 
+PREFILL_CHUNK = 512
+
 
 def peak_of(job: Callable[[int], Job], tokens: int) -> dict[str, Any]:
     """A small run first, so that libraries and gradients have what they keep; then the peak of the real one."""
@@ -63,7 +65,8 @@ def generation(models: Models, side: str, tokens: int, new: int) -> dict[str, An
         return peak_of(lambda n: EngineGenerate(engine, prompt(models.shape, n), new), tokens)
     model = models.all_experts() if side.startswith("all_experts") else models.ours
     kind: Any = JOBS["whole_decode" if side.endswith("loop") else "whole_generate"]
-    return peak_of(lambda n: kind(model, prompt(models.shape, n), new=new), tokens)
+    controls = {"prefill_chunk_size": PREFILL_CHUNK} if side.endswith("chunked") else {}
+    return peak_of(lambda n: kind(model, prompt(models.shape, n), new, controls), tokens)
 
 
 def training(models: Models, side: str, tokens: int) -> dict[str, Any]:

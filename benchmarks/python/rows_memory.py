@@ -67,10 +67,11 @@ def generation(lab: Lab) -> Iterator[Line | Skipped]:
     """A prompt of 4 k tokens and 64 new ones."""
     lab.release()
     theirs = {way: reference(lab, way) for way in ("loop", "generate")}
-    ours = {way: measure(lab, way) for way in ("generate", "engine")}
+    ours = {way: measure(lab, way) for way in ("generate", "generate_chunked", "engine")}
     for key, way, other in (
         ("G10/engine", "engine", "loop"),
         ("G10/generate", "generate", "loop"),
+        ("G10/generate/chunked", "generate_chunked", "loop"),
         ("G10/all_logits", "engine", "generate"),
     ):
         yield _line(lab, key, ours[way], theirs[other])
@@ -108,7 +109,9 @@ def _words(count: float) -> str:
 
 
 EXPERIMENTS = [
-    Experiment("memory_generation", ("G10/engine", "G10/generate", "G10/all_logits"), 3, generation),
+    Experiment(
+        "memory_generation", ("G10/engine", "G10/generate", "G10/generate/chunked", "G10/all_logits"), 3, generation
+    ),
     Experiment("memory_training", ("G10/training",), 2, training),
     Experiment("memory_loading", ("G10/load",), 0.3, loading),
 ]
