@@ -50,7 +50,7 @@ def load_as(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
-    """A held-out question of each generated domain in the chat format. A batch of the model has one length, so longer
+    """Four held-out questions in the chat format. A batch of the model has one length, so longer
     ones lose their front.
     """
     texts = [str(record.prompt) for record in generate(4, split="test", seed=1)]
@@ -66,7 +66,9 @@ def same_answers(model: Any, rows: list[list[int]], tokens: int) -> dict[str, An
     """Greedy answers of engine and model: tokens, routes, and where they part."""
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     ours = model.engine().generate(rows, **length, output_routing=True)
-    theirs = model.generate(torch.tensor(rows), **length, do_sample=False, output_routing=True)
+    ids = torch.tensor(rows)
+    mask = torch.ones_like(ids)
+    theirs = model.generate(ids, attention_mask=mask, **length, do_sample=False, output_routing=True)
     expected = theirs.sequences[:, len(rows[0]) :]
     found = torch.tensor(ours.tokens)
     return {

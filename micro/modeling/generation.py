@@ -95,19 +95,25 @@ class MiCRoGenerationMixin(GenerationMixin):
         return input_ids, kwargs
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """Arguments behind these: mode, batch size and the slots that prompt and answer fill at most."""
         steering = model_kwargs.get("steering")
         if steering is not None:
             steering.stop_ids[:] = _stop_ids(generation_config)
         own = generation_config.cache_implementation in (None, "dynamic") and generation_config.use_cache is not False
         if own and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = cache = MiCRoCache(self.config)
-            cache.expect(int(kwargs.get("max_cache_length", args[-1])))
+            cache.expect(max_cache_length)
             return
         parent: Any = super()
-        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        parent._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """A draft model is not asked for traces. It gets our controls if they fit it; a dense one or one with other
