@@ -13,10 +13,8 @@ from micro import interventions as iv
 from micro import steering
 from micro.cli import main
 from micro.evaluation import cogbench
-from micro.evaluation.cogbench import balloon, instrumental, restless_bandit, two_step
 from micro.evaluation.cogbench.baselines import BEHAVIOUR, PERFORMANCE
 from micro.evaluation.cogbench.run import random_values
-from micro.testing.tokenizers import tiny_tokenizer
 
 GPT4 = {
     "behaviour": dict(
@@ -30,22 +28,6 @@ GPT4 = {
 }
 RELATIVE = [0.6919, 0.2997, 0.7262, 0.1143, 0.7066, 0.1195, 2.7199, 6.2538, 0.7487, 0.5221]
 RELATIVE_PERFORMANCE = [0.9024, 2.5617, 1.5056, 1.5799, 1.2602, 0.3850]
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Short versions of the long experiments."""
-    monkeypatch.setattr(restless_bandit, "BLOCKS", (3, 2, 2, 2))
-    monkeypatch.setattr(instrumental, "VISITS", 3)
-    monkeypatch.setattr(two_step, "DAYS", 4)
-    monkeypatch.setattr(balloon, "EACH", 1)
-    monkeypatch.setattr(balloon, "LIMITS", (5, 4, 3))
-
-
-@pytest.fixture(scope="module")
-def player():
-    model = small_model(dtype=torch.float32, vocab_size=512, max_position_embeddings=4096)
-    return model, tiny_tokenizer()
 
 
 class Counting(cogbench.RandomAgent):

@@ -6,29 +6,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from small_models import small_model
 
 from micro.cli import main
 from micro.evaluation import cogbench
-from micro.evaluation.cogbench import balloon, instrumental, restless_bandit, two_step
-from micro.testing.tokenizers import tiny_tokenizer
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Short versions of the long experiments."""
-    monkeypatch.setattr(restless_bandit, "BLOCKS", (3, 2, 2, 2))
-    monkeypatch.setattr(instrumental, "VISITS", 3)
-    monkeypatch.setattr(two_step, "DAYS", 4)
-    monkeypatch.setattr(balloon, "EACH", 1)
-    monkeypatch.setattr(balloon, "LIMITS", (5, 4, 3))
-
-
-@pytest.fixture(scope="module")
-def player():
-    model = small_model(dtype=torch.float32, vocab_size=512, max_position_embeddings=4096)
-    return model, tiny_tokenizer()
 
 
 class Thinker:
